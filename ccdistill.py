@@ -1,0 +1,157 @@
+"""CCDistill (Gao, Guo, Wang, Zhang, CVPR 2022, arXiv 2205.00858): the framework figure, in code order.
+
+method = CCDistill(DeepLab("resnet18"))
+losses = method({"source_day": ..., "source_label": ..., "target_day": ..., "target_night": ...})
+losses["total"].backward()
+features, logits = method.night(images)  # M_n, the one that is used at test time
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from losses import content_distill, pseudo_labels, segmentation_loss, style_distill
+from models import ProjectionHead
+
+NIGHT_STYLES = ("fda", "color")
+NIGHT_WEIGHTS = ("shared", "norm", "separate")
+STRENGTH = {"fda": 0.01, "color": 1.0}
+
+
+@torch.no_grad()
+def night_style(day, night, method="fda", strength=None):
+    """The figure's "Trans": the light of `night` on the content of `day`; no trained network (our choice).
+
+    fda: the lowest spatial frequencies take the night's amplitude and keep their phase (Yang & Soatto, CVPR
+    2020); strength is the paper's beta, the half-width of the exchanged window as a share of the shorter side.
+    color: each RGB channel takes the night's mean and standard deviation (after Reinhard et al., 2001, who did it
+    in another colour space); strength blends from 0 (day) to 1.
+    day: (B, 3, H, W), night: (B or 1, 3, any, any), float RGB in [0, 1]. Returns (B, 3, H, W) float32 in [0, 1].
+    Raises ValueError on an unknown method or shapes that do not match.
+    """
+    if method not in NIGHT_STYLES:
+        raise ValueError(f"night style must be one of {NIGHT_STYLES}, got {method!r}")
+    if (
+        day.ndim != 4
+        or night.ndim != 4
+        or day.shape[1] != 3
+        or night.shape[:2] not in {day.shape[:2], (1, 3)}
+    ):
+        raise ValueError(
+            f"expected (B, 3, H, W) twice, got day {tuple(day.shape)}, night {tuple(night.shape)}"
+        )
+    strength = STRENGTH[method] if strength is None else strength
+    with torch.autocast(day.device.type, enabled=False):
+        day, night = day.float(), night.float()
+        if method == "color":
+            std, mean = torch.std_mean(day, (2, 3), keepdim=True)
+            night_std, night_mean = torch.std_mean(night, (2, 3), keepdim=True)
+            styled = torch.lerp(day, (day - mean) / std.clamp(min=1e-5) * night_std + night_mean, strength)
+        else:
+            height, width = day.shape[2:]
+            night = F.interpolate(night, (height, width), mode="bilinear", antialias=True)
+            spectrum, target = torch.fft.rfft2(day), torch.fft.rfft2(night).abs()
+            b = int(strength * min(height, width))
+            low = torch.fft.fftfreq(height, 1 / height, device=day.device).abs()[:, None] <= b
+            low = low & (torch.arange(width // 2 + 1, device=day.device) <= b)
+            amplitude = torch.where(low, target, spectrum.abs())
+            styled = torch.fft.irfft2(torch.polar(amplitude, spectrum.angle()), s=(height, width))
+    return styled.clamp(0, 1)
+
+
+def night_model(day, night_weights):
+    """M_n for a given M_d. "shared": the same module; "norm": convolutions are M_d's, normalisation layers
+    (statistics, scale and shift) a copy; "separate": a copy of everything. The figure does not say which."""
+    if night_weights not in NIGHT_WEIGHTS:
+        raise ValueError(f"night weights must be one of {NIGHT_WEIGHTS}, got {night_weights!r}")
+    if night_weights == "shared":
+        return day
+    night = copy.deepcopy(day)
+    if night_weights == "norm":
+        for mine, theirs in zip(night.modules(), day.modules(), strict=True):
+            if not isinstance(mine, nn.modules.batchnorm._BatchNorm):
+                for name, parameter in theirs.named_parameters(recurse=False):
+                    setattr(mine, name, parameter)
+    return night
+
+
+class CCDistill(nn.Module):
+    """The whole training objective. `day` is M_d, `night` is M_n (see `night_model`), `projection` is Proj.
+
+    model: a DeepLab. The weights scale the terms of
+        total = seg(S_d) + seg(S_n) + pseudo_weight * pseudo + content_weight * CDC + style_weight * CDS
+    and a term whose weight is 0 is not computed. projection=False: e is the globally average-pooled F.
+    target_paired: T_d and T_n of a sample show the same place.
+    """
+
+    def __init__(
+        self,
+        model,
+        night_weights="shared",
+        night_style="fda",
+        night_strength=None,
+        projection=True,
+        embedding_dim=128,
+        content_weight=1.0,
+        style_weight=1.0,
+        js_weight=1.0,
+        pseudo_weight=1.0,
+        pseudo_threshold=0.9,
+        target_paired=True,
+    ):
+        super().__init__()
+        self.day = model
+        self.night = night_model(model, night_weights)
+        self.projection = ProjectionHead(model.feature_channels, embedding_dim) if projection else None
+        self.night_style, self.night_strength = night_style, night_strength
+        self.content_weight, self.style_weight, self.js_weight = content_weight, style_weight, js_weight
+        self.pseudo_weight, self.pseudo_threshold = pseudo_weight, pseudo_threshold
+        self.target_paired = target_paired
+
+    def embed(self, features):
+        """F (B, C, h, w) -> e (B, D)."""
+        return features.mean((2, 3)) if self.projection is None else self.projection(features)
+
+    def forward(self, batch):
+        """batch: source_day, target_day, target_night, optionally source_night, each (B, 3, H, W) float RGB in
+        [0, 1], and source_label (B, H, W) int64. Returns scalars: seg_day, seg_night, pseudo, content, style
+        (unweighted) and total."""
+        source_day, label = batch["source_day"], batch["source_label"]
+        target_day, target_night = batch["target_day"], batch["target_night"]
+        source_night = batch.get("source_night")
+        if source_night is None:
+            source_night = night_style(source_day, target_night, self.night_style, self.night_strength)
+
+        # M_d sees both days in one batch, M_n both nights.
+        f_day, p_day = self.day(torch.cat([source_day, target_day]))
+        f_night, p_night = self.night(torch.cat([source_night, target_night]))
+        sizes = len(source_day), len(target_day)
+        (f_sd, f_td), (p_sd, p_td) = f_day.split(sizes), p_day.split(sizes)
+        (f_sn, f_tn), (p_sn, p_tn) = f_night.split(sizes), p_night.split(sizes)
+
+        losses = {"seg_day": segmentation_loss(p_sd, label), "seg_night": segmentation_loss(p_sn, label)}
+        losses |= dict.fromkeys(("pseudo", "content", "style"), label.new_zeros((), dtype=torch.float32))
+        if self.pseudo_weight:
+            losses["pseudo"] = self.pseudo(p_td, p_tn)
+        if self.content_weight:
+            embeddings = [self.embed(f) for f in (f_sd, f_sn, f_td, f_tn)]
+            losses["content"] = content_distill(*embeddings, self.js_weight, self.target_paired)
+        if self.style_weight:
+            losses["style"] = style_distill(f_sd, f_sn, f_td, f_tn)
+        losses["total"] = (
+            losses["seg_day"]
+            + losses["seg_night"]
+            + self.pseudo_weight * losses["pseudo"]
+            + self.content_weight * losses["content"]
+            + self.style_weight * losses["style"]
+        )
+        return losses
+
+    def pseudo(self, p_td, p_tn):
+        """L_pseudo: the targets learn from their own confident predictions; with paired targets the day has its
+        say in the night's static classes. Logits (B, K, H, W). Returns a scalar."""
+        day = pseudo_labels(p_td, threshold=self.pseudo_threshold)
+        night = pseudo_labels(p_tn, p_td if self.target_paired else None, threshold=self.pseudo_threshold)
+        return segmentation_loss(p_td, day) + segmentation_loss(p_tn, night)

@@ -1,0 +1,512 @@
+"""Files in, tensors out: Cityscapes, Dark Zurich, and a demo city drawn in the same layouts. Knows no model.
+
+Images leave as (3, H, W) uint8 RGB, labels as (H, W) uint8 trainIds with 255 = ignore: the device makes floats of
+them. What is wrong with files raises DataError, whose one line names the file and what was expected there.
+"""
+
+import csv
+import functools
+import os
+import random
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFilter
+from torchvision.transforms.v2 import functional as TF
+
+IGNORE = 255
+
+# The official table: name, trainId = place in this list, labelId, colour.
+CLASSES = (
+    ("road", 7, (128, 64, 128)),
+    ("sidewalk", 8, (244, 35, 232)),
+    ("building", 11, (70, 70, 70)),
+    ("wall", 12, (102, 102, 156)),
+    ("fence", 13, (190, 153, 153)),
+    ("pole", 17, (153, 153, 153)),
+    ("traffic light", 19, (250, 170, 30)),
+    ("traffic sign", 20, (220, 220, 0)),
+    ("vegetation", 21, (107, 142, 35)),
+    ("terrain", 22, (152, 251, 152)),
+    ("sky", 23, (70, 130, 180)),
+    ("person", 24, (220, 20, 60)),
+    ("rider", 25, (255, 0, 0)),
+    ("car", 26, (0, 0, 142)),
+    ("truck", 27, (0, 0, 70)),
+    ("bus", 28, (0, 60, 100)),
+    ("train", 31, (0, 80, 100)),
+    ("motorcycle", 32, (0, 0, 230)),
+    ("bicycle", 33, (119, 11, 32)),
+)
+NAMES = tuple(name for name, _, _ in CLASSES)
+# Stored value -> trainId; None: no such label exists, the file is wrong.
+TABLES = {
+    "labelIds": [IGNORE] * 34 + [None] * 221 + [IGNORE],
+    "labelTrainIds": [*range(len(CLASSES))] + [None] * (255 - len(CLASSES)) + [IGNORE],
+}
+for _train_id, (_, _label_id, _) in enumerate(CLASSES):
+    TABLES["labelIds"][_label_id] = _train_id
+PALETTE = torch.tensor(
+    [colour for _, _, colour in CLASSES] + [(0, 0, 0)] * (256 - len(CLASSES)), dtype=torch.uint8
+)
+
+
+class DataError(ValueError):
+    """A file is missing, unreadable or not what its name promises."""
+
+
+def one_line(error):
+    """What to tell a user of an exception; one raised in a loader worker arrives wrapped in its traceback."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].removeprefix("datasets.DataError: ")
+
+
+def colourise(labels):
+    """(..., H, W) uint8 or int64 trainIds -> (..., 3, H, W) uint8 in the Cityscapes colours, ignore in black."""
+    return PALETTE[labels.long().cpu()].movedim(-1, -3)
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+
+def size_of(path):
+    """(width, height) from the header alone. Raises DataError."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except Exception as error:  # noqa: BLE001 (Pillow raises a dozen types on damaged files)
+        raise DataError(f"{path}: not a readable image ({_reason(error)})") from None
+
+
+def open_image(path):
+    """Decoded RGB Pillow image. Raises DataError."""
+    image = _decode(path)
+    if image.mode not in ("RGB", "RGBA", "P", "L"):
+        raise DataError(f"{path}: expected an 8-bit RGB image, found mode {image.mode}")
+    return image.convert("RGB")
+
+
+def open_label(path):
+    """Decoded label as a Pillow image of trainIds; the file's name says whether it stores labelIds or
+    labelTrainIds, its values are checked. Raises DataError."""
+    kind = "labelTrainIds" if Path(path).stem.endswith("labelTrainIds") else "labelIds"
+    image = _decode(path)
+    if image.mode == "P":  # the indices are the labels, whatever colours they have
+        image = Image.frombytes("L", image.size, image.tobytes())
+    if image.mode != "L":
+        raise DataError(f"{path}: expected an 8-bit single-channel label, found mode {image.mode}")
+    table = TABLES[kind]
+    wrong = [value for value, count in enumerate(image.histogram()) if count and table[value] is None]
+    if wrong:
+        raise DataError(
+            f"{path}: value {wrong[0]} is no {kind} label ({'0-33' if kind == 'labelIds' else '0-18'}, 255)"
+        )
+    return image.point([IGNORE if value is None else value for value in table])
+
+
+def _decode(path):
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except Exception as error:  # noqa: BLE001
+        raise DataError(f"{path}: not a readable image ({_reason(error)})") from None
+
+
+def _reason(error):
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+
+
+def _find(folder, pattern):
+    """Sorted files under `folder`; symbolic links are followed. Raises DataError where there are none."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    files = sorted(folder.glob(pattern))
+    if not files:
+        raise DataError(f"{folder}: no file {pattern} in it")
+    return files
+
+
+def _walk(folder, ending):
+    """Files below `folder`, through symbolic links too; a loop of links is walked once."""
+    seen = set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        if os.path.realpath(here) in seen:
+            folders.clear()
+        else:
+            seen.add(os.path.realpath(here))
+            yield from (Path(here, name) for name in files if name.endswith(ending))
+
+
+def _same_size(*paths):
+    sizes = [size_of(path) for path in paths]
+    if len(set(sizes)) > 1:
+        raise DataError(
+            f"{paths[1]}: {sizes[1][0]} x {sizes[1][1]}, but {paths[0]} is {sizes[0][0]} x {sizes[0][1]}"
+        )
+    return sizes[0]
+
+
+def _label_of(stem):
+    """The label beside `stem`: labelIds, which every download has, or else labelTrainIds. Raises DataError."""
+    for kind in ("labelIds", "labelTrainIds"):
+        path = stem.with_name(f"{stem.name}_{kind}.png")
+        if path.is_file():
+            return path
+    raise DataError(f"{stem}_labelIds.png: no such label (nor {stem.name}_labelTrainIds.png)")
+
+
+def cityscapes(root, split="train"):
+    """[(image, label)] paths of a Cityscapes split, checked for counterparts and sizes. Raises DataError."""
+    images = _find(Path(root, "leftImg8bit", split), "*/*_leftImg8bit.png")
+    samples = []
+    for image in images:
+        name = image.name.removesuffix("_leftImg8bit.png")
+        samples.append((image, _label_of(Path(root, "gtFine", split, image.parent.name, f"{name}_gtFine"))))
+        _same_size(*samples[-1])
+    return samples
+
+
+def synthetic_nights(root, samples):
+    """Ready-made S_n for `samples` of `cityscapes`: the same tree and names as leftImg8bit, under `root`."""
+    root = Path(root, "leftImg8bit") if Path(root, "leftImg8bit").is_dir() else Path(root)
+    nights = [root.joinpath(*image.parts[-3:]) for image, _ in samples]
+    for (image, _), night in zip(samples, nights, strict=True):
+        _same_size(image, night)
+    return nights
+
+
+def darkzurich(root, split="val"):
+    """[(night image, label)] paths of a labelled Dark Zurich split. Raises DataError."""
+    images = _find(Path(root, "rgb_anon", split, "night"), "*/*_rgb_anon.png")
+    samples = []
+    for image in images:
+        name = image.name.removesuffix("_rgb_anon.png")
+        samples.append((image, _label_of(Path(root, "gt", split, "night", image.parent.name, f"{name}_gt"))))
+        _same_size(*samples[-1])
+    return samples
+
+
+def darkzurich_targets(root, pairs="corresp"):
+    """(day images, night images) of Dark Zurich train. No label is read: there is no gt/train.
+
+    pairs: "corresp": element i of both lists shows the same place, by corresp/train/night/**/*_ref_day.csv; the
+    path of one csv of that form; or "none": all days and all nights, unrelated. Raises DataError.
+    """
+    images = Path(root, "rgb_anon")
+    if pairs == "none":
+        days, nights = (_find(images / "train" / light, "*/*_rgb_anon.png") for light in ("day", "night"))
+        for path in days + nights:
+            size_of(path)
+        return days, nights
+    if pairs == "corresp":
+        folder = Path(root, "corresp", "train", "night")
+        tables = sorted(_walk(folder, "_ref_day.csv"))
+        if not tables:
+            raise DataError(f"{folder}: no *_ref_day.csv in it; give --pairs FILE, or --pairs none")
+    else:
+        tables = [Path(pairs)]
+    days, nights = [], []
+    for table in tables:
+        for night, day in _read_pairs(table, images):
+            _same_size(night, day)
+            nights.append(night)
+            days.append(day)
+    if not nights:
+        raise DataError(f"{tables[0]}: no pair in it")
+    return days, nights
+
+
+def _read_pairs(table, images):
+    """Yield (night, day) paths of one csv of NIGHT,DAY lines: stems relative to `images`, which they may not leave."""
+    try:
+        rows = list(csv.reader(table.read_text("utf-8-sig").splitlines()))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{table}: not a readable csv ({_reason(error)})") from None
+    for number, row in enumerate(rows, 1):
+        stems = [cell.strip() for cell in row]
+        if not any(stems):
+            continue
+        if len(stems) != 2 or not all(stems):
+            raise DataError(f"{table}: line {number} is not NIGHT,DAY but {','.join(row)!r}")
+        if any(Path(stem).is_absolute() or ".." in Path(stem).parts for stem in stems):
+            raise DataError(f"{table}: line {number} leads out of {images}: {','.join(row)!r}")
+        yield tuple(images / f"{stem.removesuffix('_rgb_anon.png')}_rgb_anon.png" for stem in stems)
+
+
+# ---- tensors -----------------------------------------------------------------------------------------------------
+
+
+class Labelled(torch.utils.data.Dataset):
+    """(image, label) paths -> dict of name (the file's stem), image (3, H, W) and label (H, W), both uint8."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        image, label = self.samples[index]
+        return {
+            "name": Path(image).stem,
+            "image": TF.pil_to_tensor(open_image(image)),
+            "label": TF.pil_to_tensor(open_label(label))[0],
+        }
+
+
+class FourDomains(torch.utils.data.Dataset):
+    """The training stream: item k holds source_day, source_label, target_day, target_night and, where `synthetic`
+    paths are given, source_night; uint8, all `crop` = (H, W); and broken, what was wrong with files left out.
+
+    Everything random about item k comes from (seed, k) alone, k counting samples from the first step on: loader
+    workers and resumed runs see the same items. source: [(image, label)]; days, nights: paths, paired if `paired`.
+    scale: range of the resizing before the crop. jitter: range of brightness, contrast and saturation, S_d only.
+    """
+
+    def __init__(self, source, days, nights, crop, paired=True, synthetic=None, scale=(0.5, 1.0), jitter=0.0,
+                 seed=0, length=1):  # fmt: skip
+        self.source, self.days, self.nights, self.synthetic = source, days, nights, synthetic
+        self.crop, self.paired, self.scale, self.jitter = crop, paired, scale, jitter
+        self.seed, self.length = seed, length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, k):
+        broken = []
+        for attempt in range(10):  # a broken file is left out: another sample stands in, the item says so
+            try:
+                return self.item(k, attempt) | {"broken": "\n".join(broken)}
+            except DataError as error:
+                broken.append(str(error))
+        raise DataError(f"{broken[0]} (and 9 more in a row)")
+
+    def item(self, k, attempt=0):
+        rng = random.Random(f"{self.seed} {k} {attempt}")
+
+        def pick(domain, files):  # a new order for every pass over the files; a stand-in is any of them
+            order = _order(len(files), f"{self.seed} {domain} {k // len(files)}")
+            return rng.randrange(len(files)) if attempt else order[k % len(files)]
+
+        n = pick("source", self.source)
+        image, label = open_image(self.source[n][0]), open_label(self.source[n][1])
+        cut = random_crop(image.size, self.crop, self.scale, rng)
+        item = {"source_day": self.jittered(cut(image), rng), "source_label": cut(label, Image.NEAREST)[0]}
+        if self.synthetic:
+            item["source_night"] = cut(open_image(self.synthetic[n]))
+        if self.nights:
+            n = pick("night", self.nights)
+            night = open_image(self.nights[n])
+            day = open_image(self.days[n if self.paired else pick("day", self.days)])
+            cut = random_crop(night.size, self.crop, self.scale, rng)
+            item["target_night"] = cut(night)
+            if not self.paired:
+                cut = random_crop(day.size, self.crop, self.scale, rng)
+            item["target_day"] = cut(day)
+        return item
+
+    def jittered(self, image, rng):
+        for adjust in (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation) if self.jitter else ():
+            image = adjust(image, rng.uniform(1 - self.jitter, 1 + self.jitter))
+        return image
+
+
+@functools.lru_cache(maxsize=8)
+def _order(length, key):
+    return random.Random(key).sample(range(length), length)
+
+
+def random_crop(size, crop, scale, rng):
+    """Draw one random scale, crop and flip for images of `size` (width, height); returns the function that applies
+    them to a Pillow image and gives a (C, H, W) uint8 tensor, so that whatever belongs together is cut alike."""
+    (width, height), (crop_height, crop_width) = size, crop
+    least = max(crop_height / height, crop_width / width)  # smaller, and the crop would not be filled
+    factor = rng.uniform(max(scale[0], least), max(scale[1], least))
+    box_width, box_height = min(crop_width / factor, width), min(crop_height / factor, height)
+    left, top = rng.randint(0, int(width - box_width)), rng.randint(0, int(height - box_height))
+    box, flip = (left, top, left + box_width, top + box_height), rng.random() < 0.5
+
+    def cut(image, resample=Image.BILINEAR):
+        if image.size != size:
+            raise DataError(f"expected an image of {width} x {height}, found {image.width} x {image.height}")
+        image = TF.pil_to_tensor(image.resize((crop_width, crop_height), resample, box))
+        return image.flip(-1) if flip else image
+
+    return cut
+
+
+# ---- the demo city -----------------------------------------------------------------------------------------------
+
+DEMO_SIZE = (256, 128)
+# Palettes (trainId -> base colour) and cameras of the two cities: they differ as data sets do.
+DEMO_PALETTES = {
+    "source": {0: (105, 103, 106), 1: (160, 150, 150), 2: (150, 140, 128), 3: (120, 118, 112), 8: (72, 105, 55),
+               9: (120, 145, 80), 10: (190, 212, 232), 11: (130, 60, 60), 13: (60, 80, 140)},
+    "target": {0: (86, 84, 80), 1: (128, 122, 110), 2: (158, 112, 88), 3: (140, 130, 110), 8: (95, 108, 45),
+               9: (128, 128, 66), 10: (208, 214, 216), 11: (70, 70, 105), 13: (130, 50, 45)},
+}  # fmt: skip
+DEMO_HORIZON = {"source": 0.42, "target": 0.5}
+
+
+def draw_street(city, place, moment):
+    """Draw a street of the demo `city` ("source" or "target"): `place` fixes what stands still, `moment` what
+    moves. Returns (RGB image by even daylight, trainId label, lights), lights being [(x, y, radius, colour)]."""
+    width, height = DEMO_SIZE
+    rng, palette = random.Random(f"{city} {place}"), DEMO_PALETTES[city]
+    image, label = Image.new("RGB", DEMO_SIZE), Image.new("L", DEMO_SIZE, IGNORE)
+    canvas, ids = ImageDraw.Draw(image), ImageDraw.Draw(label)
+    lights = []
+
+    def paint(train_id, shape, xy, colour=None, spread=14):
+        colour = colour or palette[train_id]
+        getattr(canvas, shape)(xy, fill=tuple(int(c + rng.uniform(-spread, spread)) for c in colour))
+        getattr(ids, shape)(xy, fill=train_id)
+
+    horizon = int(height * (DEMO_HORIZON[city] + rng.uniform(-0.04, 0.04)))
+    vanish = width * rng.uniform(0.4, 0.6)
+    paint(10, "rectangle", (0, 0, width, horizon))
+    x = -10
+    while x < width:  # the skyline: houses with windows, walls, trees
+        w, kind = rng.randint(18, 46), rng.choice((2, 2, 2, 8, 8, 3))
+        top = horizon - (rng.randint(6, 12) if kind == 3 else rng.randint(14, horizon - 4))
+        far = abs(x + w / 2 - vanish) < 22
+        if kind == 8:
+            for _ in range(9):
+                cx, cy, r = x + rng.uniform(0, w), rng.uniform(top, horizon), rng.uniform(5, 11)
+                paint(8, "ellipse", (cx - r, cy - r, cx + r, cy + r))
+            paint(8, "rectangle", (x + 2, (top + horizon) // 2, x + w - 2, horizon + 2))
+        elif not far:
+            paint(kind, "rectangle", (x, top, x + w, horizon + 2))
+            for wx in range(x + 4, x + w - 5, 8) if kind == 2 else ():
+                for wy in range(top + 4, horizon - 8, 10):
+                    canvas.rectangle((wx, wy, wx + 3, wy + 5), fill=tuple(c - 50 for c in palette[2]))
+                    if rng.random() < 0.25:
+                        lights.append((wx + 2, wy + 3, 3, (1.0, 0.8, 0.45)))
+        x += w + rng.randint(-4, 6)
+    paint(9, "rectangle", (0, horizon, width, height))
+    left, right = vanish - width * rng.uniform(0.7, 1.1), vanish + width * rng.uniform(0.7, 1.1)
+    walk = width * rng.uniform(0.12, 0.3)
+    near = (vanish - 3, vanish + 3)
+    paint(
+        1,
+        "polygon",
+        [(near[0] - 5, horizon), (near[1] + 5, horizon), (right + walk, height), (left - walk, height)],
+    )
+    paint(0, "polygon", [(near[0], horizon), (near[1], horizon), (right, height), (left, height)])
+    for t in (0.08, 0.2, 0.4, 0.7):  # lane markings are road
+        y, s = horizon + t * (height - horizon), t * 3
+        canvas.polygon([(vanish - s, y), (vanish + s, y), (vanish + 1.4 * s, y + 9 * t), (vanish - 1.4 * s, y + 9 * t)],
+                       fill=(205, 205, 200))  # fmt: skip
+    for side in (-1, 1):  # lamp posts and signs along the kerb
+        for t in (0.12, 0.3, 0.62):
+            x = vanish + side * (6 + t * (right - vanish) * rng.uniform(0.95, 1.2))
+            y, h = horizon + t * (height - horizon), 12 + 75 * t
+            if rng.random() < 0.75:
+                paint(5, "rectangle", (x, y - h, x + 1 + 3 * t, y), (98, 98, 100))
+                if rng.random() < 0.7:
+                    lights.append((x - side * 6 * t, y - h, 26 + 60 * t, (1.0, 0.72, 0.38)))
+                else:
+                    paint(
+                        7,
+                        "rectangle",
+                        (x - 3 - 4 * t, y - h, x + 4 + 5 * t, y - h + 6 + 9 * t),
+                        (215, 190, 40),
+                    )
+    rng = random.Random(f"{city} {place} {moment}")  # from here on, what moves
+    for _ in range(rng.randint(1, 4)):
+        t, lane = rng.uniform(0.1, 0.75), rng.choice((-0.45, 0.45, -0.8, 0.8))
+        x, y, s = vanish + lane * t * (right - vanish), horizon + t * (height - horizon), 5 + 30 * t
+        base = rng.choice((palette[13], (190, 190, 195), (45, 45, 50)))
+        paint(13, "rectangle", (x - s, y - s * 0.7, x + s, y), base)
+        paint(13, "rectangle", (x - s * 0.7, y - s * 1.2, x + s * 0.7, y - s * 0.6), base)
+        canvas.rectangle((x - s * 0.6, y - s * 1.1, x + s * 0.6, y - s * 0.75), fill=(40, 48, 55))
+        colour = (1.0, 0.95, 0.8) if lane < 0 else (0.9, 0.1, 0.05)
+        lights += [(x + side * s * 0.7, y - s * 0.4, 5 + 14 * t, colour) for side in (-1, 1)]
+    for _ in range(rng.randint(0, 4)):
+        t, side = rng.uniform(0.12, 0.6), rng.choice((-1, 1))
+        x, y, h = (
+            vanish + side * (8 + t * (right - vanish) * 1.15),
+            horizon + t * (height - horizon),
+            8 + 42 * t,
+        )
+        paint(11, "rectangle", (x - h / 8, y - h * 0.8, x + h / 8, y), spread=40)
+        paint(11, "ellipse", (x - h / 11, y - h, x + h / 11, y - h * 0.8), (190, 150, 125))
+    return image, label, lights
+
+
+def photograph(image, lights, city, night, key):
+    """Photograph a drawn street: sun by day; by night darkness, lamps with glare, and a noisy, soft sensor."""
+    rng = random.Random(f"camera {city} {key}")
+    generator = torch.Generator().manual_seed(rng.getrandbits(32))
+    width, height = DEMO_SIZE
+    soft = image.filter(ImageFilter.GaussianBlur((0.5 if city == "source" else 0.8) + 0.5 * night))
+    scene = TF.pil_to_tensor(soft).float() / 255
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    if night:
+        light = (
+            torch.tensor([0.10, 0.11, 0.15]).view(3, 1, 1)
+            * rng.uniform(0.6, 1.1)
+            * torch.ones(1, height, width)
+        )
+        glare = torch.zeros(3, height, width)
+        for lx, ly, radius, colour in lights:
+            square = ((x - lx) ** 2 + (y - ly) ** 2) / radius**2
+            colour = torch.tensor(colour).view(3, 1, 1)
+            light += 0.55 * colour * torch.exp(-square)  # falls on what is near
+            glare += colour * (
+                torch.exp(-square * 60) + 0.10 * torch.exp(-square * 4)
+            )  # reaches the lens itself
+        glow = torch.tensor([0.07, 0.05, 0.04]).view(3, 1, 1) * (y / height)
+        scene = scene * light + glare + glow * (0.5 + rng.random())
+        noise = 0.035
+    else:
+        noise, haze = 0.012, rng.uniform(0, 0.15)
+        scene = scene * rng.uniform(0.75, 1.1) * (1 - haze) + haze * 0.8
+    if city == "target":  # a warmer, flatter camera with a darker rim
+        rim = 1 - 0.35 * (((x - width / 2) / width) ** 2 + ((y - height / 2) / height) ** 2)
+        scene = (scene * torch.tensor([1.06, 1.0, 0.88]).view(3, 1, 1) * rim).clamp(min=0) ** 0.9
+    scene = scene + noise * torch.randn(scene.shape, generator=generator)
+    return TF.to_pil_image((scene.clamp(0, 1) * 255).to(torch.uint8))
+
+
+def make_demo_city(root, train=160, val=24):
+    """Write the demo city: ROOT/cityscapes (labelled source days) and ROOT/darkzurich (unlabelled target days and
+    nights with a true pair list; labelled val nights), in the layouts of the real ones. Always the same pixels."""
+    root = Path(root)
+
+    def save(image, *parts):
+        path = root.joinpath(*parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+
+    label_ids = [label_id for _, label_id, _ in CLASSES] + [0] * (256 - len(CLASSES))
+    for split, count in (("train", train), ("val", val)):
+        for n in range(count):
+            image, label, lights = draw_street("source", f"{split} {n}", "day")
+            name = f"demo_{n:06d}_000000"
+            day = photograph(image, lights, "source", False, f"{split} {n}")
+            save(day, "cityscapes/leftImg8bit", split, "demo", f"{name}_leftImg8bit.png")
+            save(label.point(label_ids), "cityscapes/gtFine", split, "demo", f"{name}_gtFine_labelIds.png")
+    pairs = []
+    for n in range(train):
+        stems = (
+            f"train/night/DEMO_night/DEMO_night_frame_{n:06d}",
+            f"train/day/DEMO_day/DEMO_day_frame_{n:06d}",
+        )
+        for stem, light in zip(stems, ("night", "day"), strict=True):
+            image, _, lights = draw_street("target", f"train {n}", light)
+            photo = photograph(image, lights, "target", light == "night", f"{light} {n}")
+            save(photo, "darkzurich/rgb_anon", f"{stem}_rgb_anon.png")
+        pairs.append(",".join(stems))
+    for n in range(val):
+        image, label, lights = draw_street("target", f"val {n}", "night")
+        name = f"DEMO_val_frame_{n:06d}"
+        photo = photograph(image, lights, "target", True, f"val {n}")
+        save(photo, "darkzurich/rgb_anon/val/night/DEMO_val", f"{name}_rgb_anon.png")
+        save(label, "darkzurich/gt/val/night/DEMO_val", f"{name}_gt_labelTrainIds.png")
+    table = root / "darkzurich/corresp/train/night/DEMO_night/DEMO_night_ref_day.csv"
+    table.parent.mkdir(parents=True, exist_ok=True)
+    table.write_text("\n".join(pairs) + "\n")

@@ -1,0 +1,970 @@
+"""pytest. The slow formulas live here, the fast ones in the library; data is written to temporary folders."""
+
+import csv
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+
+import ccdistill
+import datasets
+import evaluate
+import losses
+import models
+import train
+
+HERE = Path(__file__).parent
+torch.set_num_threads(1)  # tiny tensors: a second thread waits more than it works
+
+
+def rand(*shape, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+# ---- losses against loops written from the formulas --------------------------------------------------------------
+
+
+def slow_correlation(a, b):
+    rows = [r.flatten() for r in (*a, *b)]
+    out = torch.zeros(len(rows), len(rows), dtype=a.dtype)
+    for i, j in itertools.product(range(len(rows)), repeat=2):
+        norm = math.sqrt((rows[i] ** 2).sum()) * math.sqrt((rows[j] ** 2).sum())
+        out[i, j] = (rows[i] * rows[j]).sum() / norm if norm else 0
+    return out
+
+
+def slow_gram(f):
+    out = torch.zeros(len(f), f.shape[1], f.shape[1], dtype=f.dtype)
+    for n, i, j in itertools.product(range(len(f)), range(f.shape[1]), range(f.shape[1])):
+        out[n, i, j] = sum(
+            f[n, i, y, x] * f[n, j, y, x] for y in range(f.shape[2]) for x in range(f.shape[3])
+        )
+    return out / (f.shape[2] * f.shape[3])
+
+
+def slow_js(p, q):
+    total = 0.0
+    for a, b in zip(p, q, strict=True):
+        a, b = a.exp() / a.exp().sum(), b.exp() / b.exp().sum()
+        m = (a + b) / 2
+        total += sum(
+            x * math.log(x / z) / 2 + y * math.log(y / z) / 2 for x, y, z in zip(a, b, m, strict=True)
+        )
+    return total / len(p)
+
+
+def slow_mse(x, y):
+    return sum((a - b) ** 2 for a, b in zip(x.flatten(), y.flatten(), strict=True)) / x.numel()
+
+
+def slow_content(sd, sn, td, tn, js_weight, paired):
+    cdc = slow_mse(slow_correlation(sd, td), slow_correlation(sn, tn))
+    cdc += slow_mse(slow_correlation(sd, sn), slow_correlation(td, tn))
+    js = slow_js(sd, sn) + (slow_js(td, tn) if paired else 0) - slow_js(sd, tn) - slow_js(sn, td)
+    return cdc + js_weight * js
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_correlation_gram_js_are_their_formulas(batch):
+    a, b = rand(batch, 3, 2, 4), rand(batch, 3, 2, 4)
+    torch.testing.assert_close(losses.correlation(a, b), slow_correlation(a, b))
+    torch.testing.assert_close(losses.gram(a), slow_gram(a))
+    p, q = rand(batch, 7), rand(batch, 7)
+    assert losses.js_divergence(p, q).item() == pytest.approx(slow_js(p, q).item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("js_weight", [0, 0.5, 1])
+@pytest.mark.parametrize("paired", [True, False])
+def test_content_distill_is_its_formula(batch, js_weight, paired):
+    e = [rand(batch, 5) for _ in range(4)]
+    expected = slow_content(*e, js_weight, paired)
+    assert losses.content_distill(*e, js_weight, paired).item() == pytest.approx(float(expected), abs=1e-12)
+
+
+def test_style_distill_is_its_formula_for_maps_of_different_sizes():
+    sd, sn, td, tn = rand(2, 3, 4, 5), rand(2, 3, 2, 2), rand(2, 3, 1, 7), rand(2, 3, 3, 3)
+    g = [slow_gram(f) for f in (sd, sn, td, tn)]
+    expected = slow_mse(slow_correlation(g[0], g[1]), slow_correlation(g[2], g[3]))
+    assert losses.style_distill(sd, sn, td, tn).item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_gradients_are_right():
+    e = [rand(2, 4).requires_grad_() for _ in range(4)]
+    assert torch.autograd.gradcheck(losses.content_distill, e)
+    f = [rand(2, 3, 2, 2).requires_grad_() for _ in range(4)]
+    assert torch.autograd.gradcheck(losses.style_distill, f)
+
+
+def test_losses_do_not_depend_on_the_order_of_the_batch():
+    e, f, order = [rand(4, 6) for _ in range(4)], [rand(4, 3, 5, 5) for _ in range(4)], [2, 0, 3, 1]
+    torch.testing.assert_close(losses.content_distill(*e), losses.content_distill(*(x[order] for x in e)))
+    torch.testing.assert_close(losses.style_distill(*f), losses.style_distill(*(x[order] for x in f)))
+
+
+def test_identical_domains_cost_nothing():
+    e, f = rand(3, 6), rand(3, 4, 5, 5)
+    assert losses.content_distill(e, e, e, e).abs() < 1e-12
+    assert losses.style_distill(f, f, f, f).abs() < 1e-12
+    night = rand(3, 4, 5, 5)  # day and night differ in the source as they do in the target
+    assert losses.style_distill(f, night, f, night) < 1e-12
+
+
+def test_style_does_not_see_where_things_are():
+    f = [rand(2, 3, 4, 6) for _ in range(4)]
+    moved = [x.flatten(2)[..., torch.randperm(24)].unflatten(2, (4, 6)) for x in f]
+    torch.testing.assert_close(losses.style_distill(*f), losses.style_distill(*moved))
+
+
+def test_a_zero_row_correlates_zero_and_gets_no_gradient():
+    a, b = rand(2, 5, dtype=torch.float32), rand(2, 5, dtype=torch.float32)
+    a[1] = 0
+    a.requires_grad_(), b.requires_grad_()
+    cor = losses.correlation(a, b)
+    assert cor[1].abs().max() == 0 and cor[:, 1].abs().max() == 0
+    (cor * rand(4, 4, dtype=torch.float32)).sum().backward()
+    assert a.grad[1].abs().max() == 0 and a.grad.isfinite().all() and a.grad[0].abs().max() > 0
+    zero = torch.zeros(2, 3, 4, 4, requires_grad=True)
+    losses.style_distill(zero, zero * 1, rand(2, 3, 4, 4).float(), rand(2, 3, 4, 4).float()).backward()
+    assert zero.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1, 300])
+def test_half_inputs_equal_their_float32_copies_even_under_autocast(dtype, scale):
+    e = [(scale * rand(3, 16)).to(dtype) for _ in range(4)]
+    f = [(scale * rand(3, 8, 6, 6)).to(dtype) for _ in range(4)]
+    p, q = e[:2]
+    for half, full in (
+        (lambda: losses.content_distill(*e), lambda: losses.content_distill(*(x.float() for x in e))),
+        (lambda: losses.style_distill(*f), lambda: losses.style_distill(*(x.float() for x in f))),
+        (lambda: losses.correlation(p, q), lambda: losses.correlation(p.float(), q.float())),
+        (lambda: losses.gram(f[0]), lambda: losses.gram(f[0].float())),
+        (lambda: losses.js_divergence(p, q), lambda: losses.js_divergence(p.float(), q.float())),
+    ):
+        expected = full()
+        with torch.autocast("cpu", torch.bfloat16):
+            got, got_full = half(), full()
+        assert got.dtype == torch.float32 and got.isfinite().all()
+        assert torch.equal(got, expected) and torch.equal(got_full, expected)
+    assert losses.correlation(rand(2, 3), rand(2, 3)).dtype == torch.float64
+    big = torch.full((1, 64), 1e30)
+    torch.testing.assert_close(losses.correlation(big, big), torch.ones(2, 2))
+
+
+def test_js_stays_within_its_bounds():
+    far = torch.tensor([[1e4, 0.0]]), torch.tensor([[0.0, 1e4]])
+    assert losses.js_divergence(*far).item() == pytest.approx(math.log(2))
+    same = rand(64, 128, dtype=torch.float32)
+    assert 0 <= losses.js_divergence(same, same.clone()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "call, shape",
+    [
+        (lambda: losses.correlation(rand(2, 3), rand(3, 3)), r"\(3, 3\)"),
+        (lambda: losses.correlation(rand(2), rand(2)), r"\(2,\)"),
+        (lambda: losses.gram(rand(2, 3, 4)), r"\(2, 3, 4\)"),
+        (lambda: losses.js_divergence(rand(2, 3), rand(2, 4)), r"\(2, 4\)"),
+        (
+            lambda: losses.content_distill(rand(2, 3), rand(2, 3), rand(2, 3), rand(1, 3)),
+            r"e_target_night \(1, 3\)",
+        ),
+        (
+            lambda: losses.style_distill(*[rand(2, 3, 4, 4)] * 3, rand(2, 5, 4, 4)),
+            r"f_target_night \(2, 5, 4, 4\)",
+        ),
+        (lambda: losses.pseudo_labels(rand(1, 19, 4, 4), rand(1, 19, 4, 5)), r"\(1, 19, 4, 5\)"),
+    ],
+)
+def test_shapes_that_do_not_match_are_named(call, shape):
+    with pytest.raises(ValueError, match=shape):
+        call()
+
+
+def test_pseudo_labels():
+    probabilities = torch.tensor([[0.95, 0.03, 0.02], [0.3, 0.6, 0.1], [0.05, 0.02, 0.93], [0.9, 0.05, 0.05]])
+    night = probabilities.log().T.reshape(1, 3, 2, 2)
+    assert losses.pseudo_labels(night, num_static=2).flatten().tolist() == [0, 255, 2, 0]  # 0.9 reaches 0.9
+    day = torch.tensor([[0.1, 0.8, 0.1], [0.01, 0.98, 0.01], [0.98, 0.01, 0.01], [0.9, 0.05, 0.05]])
+    got = losses.pseudo_labels(night, day.log().T.reshape(1, 3, 2, 2), threshold=0.79, num_static=2)
+    # static: (.95 + .1) / 2 < .79 | (.6 + .98) / 2 = .79 | dynamic, the day has no say | .9
+    assert got.flatten().tolist() == [255, 1, 2, 0] and got.dtype == torch.int64
+    assert losses.pseudo_labels(torch.full((1, 3, 2, 2), float("nan"))).unique().tolist() == [255]
+
+
+def test_segmentation_loss_ignores_255_and_survives_nothing_else():
+    logits = rand(2, 5, 4, 4).requires_grad_()
+    labels = torch.randint(0, 5, (2, 4, 4))
+    labels[0] = 255
+    expected = -sum(logits[1].log_softmax(0)[labels[1, y, x], y, x] for y in range(4) for x in range(4)) / 16
+    torch.testing.assert_close(losses.segmentation_loss(logits, labels), expected)
+    nothing = losses.segmentation_loss(logits, torch.full_like(labels, 255))
+    nothing.backward()
+    assert nothing == 0 and logits.grad.abs().max() == 0
+
+
+def test_losses_can_be_vendored():
+    """It imports torch and the standard library, nothing else, and runs alone."""
+    code = (
+        "import sys; sys.path = [p for p in sys.path if p not in ('', '.')]; exec(open(sys.argv[1]).read());"
+    )
+    code += "print(float(content_distill(*[torch.eye(2)] * 4)), 'torchvision' in sys.modules, 'PIL' in sys.modules)"
+    out = subprocess.run(
+        [sys.executable, "-c", code, HERE / "losses.py"], capture_output=True, text=True, cwd="/", check=False
+    )
+    assert out.stdout.split()[1:] == ["False", "False"], out.stderr
+
+
+# ---- networks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+@pytest.mark.parametrize("stride", [8, 16])
+def test_dilation_computes_the_same_on_a_denser_grid(backbone, stride):
+    model = models.DeepLab(backbone, output_stride=stride).eval()
+    plain = getattr(torchvision.models, backbone)(weights=None).eval()
+    state = {f"backbone.{k}": v for k, v in plain.state_dict().items() if not k.startswith("fc.")}
+    for name, tensor in model.state_dict().items():
+        if name in state:
+            tensor.copy_(state[name])
+    images = torch.rand(1, 3, 65, 97)
+    with torch.no_grad():
+        dense = model.backbone(images)
+        sparse = nn.Sequential(*list(plain.children())[:-2])(images)
+    assert dense.shape[2:] == (math.ceil(65 / stride), math.ceil(97 / stride))
+    error = (dense[..., :: 32 // stride, :: 32 // stride] - sparse).abs().max()
+    assert error < 1e-4 * sparse.abs().max()
+    if backbone == "resnet50":  # where torchvision can, it does the same
+        switch = [False, stride == 8, True]
+        theirs = torchvision.models.resnet50(weights=None, replace_stride_with_dilation=switch).eval()
+        theirs.load_state_dict(plain.state_dict())
+        with torch.no_grad():
+            error = (dense - nn.Sequential(*list(theirs.children())[:-2])(images)).abs().max()
+        assert error < 1e-4 * dense.abs().max()
+
+
+def test_deeplab_is_torchvisions_deeplabv3(tmp_path):
+    theirs = torchvision.models.segmentation.deeplabv3_resnet50(
+        weights=None, weights_backbone=None, num_classes=19, aux_loss=True
+    )
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    ours = models.DeepLab("resnet50", output_stride=8, weights=str(tmp_path / "theirs.pth")).eval()
+    images = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = theirs.eval()((images - ours.mean) / ours.std)["out"]
+        torch.testing.assert_close(ours(images)[1], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (65, 40)])
+def test_any_size_and_a_single_training_image(size):
+    model = models.DeepLab()
+    features, logits = model(torch.rand(1, 3, *size))
+    logits.mean().backward()
+    assert logits.shape == (1, 19, *size) and features.shape[1] == model.feature_channels
+    assert features.shape[2:] == (math.ceil(size[0] / 16), math.ceil(size[1] / 16))
+    torch.testing.assert_close(
+        model.eval()(torch.ones(1, 3, *size), upsample=False)[1].shape[2:], features.shape[2:]
+    )
+    assert models.ProjectionHead(256, 32)(features).shape == (1, 32)
+
+
+def test_wrong_shapes_and_choices_are_named():
+    with pytest.raises(ValueError, match=r"\(1, 3, 31, 40\)"):
+        models.DeepLab()(torch.rand(1, 3, 31, 40))
+    for arguments in ({"backbone": "vgg"}, {"output_stride": 32}, {"head": "fcn"}):
+        with pytest.raises(ValueError, match=next(iter(arguments))):
+            models.DeepLab(**arguments)
+
+
+def test_initial_weights(tmp_path, capsys):
+    path = str(tmp_path / "w.pth")
+    resnet = torchvision.models.resnet18(weights=None)
+    torch.save(resnet.state_dict(), path)
+    model = models.DeepLab(weights=path)
+    assert torch.equal(model.backbone.layer3[0].conv1.weight, resnet.layer3[0].conv1.weight)
+
+    other = models.DeepLab(num_classes=7)
+    torch.save({"module." + k: v for k, v in other.state_dict().items()}, path)
+    model = models.DeepLab(weights=path)
+    assert torch.equal(model.classifier[1].weight, other.classifier[1].weight)
+    assert "7 classes left out" in capsys.readouterr().out and len(model.classifier[4].weight) == 19
+
+    for content, message in (
+        (other.state_dict() | {"surprise": torch.ones(1)}, "surprise"),
+        (
+            {k: v for k, v in other.state_dict().items() if k != "backbone.conv1.weight"},
+            "backbone.conv1.weight",
+        ),
+        (
+            other.state_dict() | {"backbone.conv1.weight": torch.ones(3)},
+            "other shapes for backbone.conv1.weight",
+        ),
+        ([1, 2], "no state dict"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=message):
+            models.DeepLab(weights=path)
+    Path(path).write_bytes(b"PK rubbish")
+    with pytest.raises(ValueError, match="w.pth: not a file of tensors"):
+        models.DeepLab(weights=path)
+
+
+def test_imagenet_weights_come_from_torchvisions_enum_and_only_when_asked(monkeypatch):
+    resnet, asked = torchvision.models.resnet18(weights=None), []
+    monkeypatch.setattr(
+        torchvision.models.WeightsEnum,
+        "get_state_dict",
+        lambda self, **_: asked.append(self) or resnet.state_dict(),
+    )
+    models.DeepLab()
+    assert not asked
+    model = models.DeepLab(weights="imagenet")
+    assert asked == [torchvision.models.ResNet18_Weights.IMAGENET1K_V1]
+    assert torch.equal(model.backbone.conv1.weight, resnet.conv1.weight)
+
+
+# ---- the method --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ccdistill.NIGHT_STYLES)
+def test_night_style_brings_the_light_and_keeps_the_content(method):
+    day, night = torch.rand(2, 3, 33, 47) * 0.5 + 0.4, torch.rand(2, 3, 50, 81) * 0.2
+    styled = ccdistill.night_style(day, night, method)
+    assert (
+        styled.shape == day.shape and styled.dtype == torch.float32 and 0 <= styled.min() <= styled.max() <= 1
+    )
+    assert (styled.mean((2, 3)) - night.mean((2, 3))).abs().max() < 0.05
+    both = torch.stack([day.flatten(), styled.flatten()])
+    assert torch.corrcoef(both)[0, 1] > 0.6  # the day's structure is still there, in place
+    same = ccdistill.night_style(day, day, method)
+    torch.testing.assert_close(same, day, atol=1e-4, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ccdistill.night_style(day, night, method), styled)
+    with pytest.raises(ValueError, match="night style must be"):
+        ccdistill.night_style(day, night, "gan")
+    with pytest.raises(ValueError, match=r"night \(3, 3, 8, 8\)"):
+        ccdistill.night_style(day, torch.rand(3, 3, 8, 8), method)
+
+
+def test_fda_exchanges_low_amplitudes_and_keeps_the_phase():
+    day, night = (
+        torch.rand(1, 3, 40, 60) * 0.3 + 0.35,
+        torch.rand(1, 3, 40, 60) * 0.3 + 0.3,
+    )  # nothing is clipped
+    styled = ccdistill.night_style(day, night, "fda", 0.1)  # beta 0.1: frequencies up to 4
+    d, n, s = (torch.fft.fft2(x) for x in (day, night, styled))
+    for y, x in itertools.product(range(-20, 20), range(-30, 30)):
+        source = n if abs(y) <= 4 and abs(x) <= 4 else d
+        torch.testing.assert_close(s[..., y, x].abs(), source[..., y, x].abs(), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(s[..., 3, 2].angle(), d[..., 3, 2].angle(), rtol=1e-3, atol=1e-3)
+
+
+def toy_batch(size=(48, 64), batch=2):
+    images = {name: torch.rand(batch, 3, *size) for name in ("source_day", "target_day", "target_night")}
+    return images | {"source_label": torch.randint(0, 19, (batch, *size))}
+
+
+@pytest.mark.parametrize("night_weights", ccdistill.NIGHT_WEIGHTS)
+def test_night_weights_share_what_they_say(night_weights):
+    method = ccdistill.CCDistill(models.DeepLab(), night_weights)
+    day, night = dict(method.day.named_parameters()), dict(method.night.named_parameters())
+    norms = [n for n, m in method.day.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    assert method.night is method.day or night_weights != "shared"
+    for name, parameter in day.items():
+        is_norm = name.rpartition(".")[0] in norms
+        apart = night_weights == "separate" or (night_weights == "norm" and is_norm)
+        assert (parameter is night[name]) != apart, name
+    if night_weights != "shared":
+        assert method.night.backbone.bn1.running_mean is not method.day.backbone.bn1.running_mean
+    losses = method(toy_batch())
+    losses["total"].backward()
+    assert all(p.grad is not None for p in method.parameters())
+
+
+def test_two_days_and_two_nights_share_a_batch():
+    method, seen = ccdistill.CCDistill(models.DeepLab(), "separate"), []
+    for net, domain in ((method.day, "day"), (method.night, "night")):
+        net.register_forward_pre_hook(lambda _, inputs, domain=domain: seen.append((domain, inputs[0])))
+    batch = toy_batch() | {"source_night": torch.rand(2, 3, 48, 64)}
+    method(batch)
+    assert [domain for domain, _ in seen] == ["day", "night"]
+    assert torch.equal(seen[0][1], torch.cat([batch["source_day"], batch["target_day"]]))
+    assert torch.equal(seen[1][1], torch.cat([batch["source_night"], batch["target_night"]]))
+
+
+def test_total_is_the_weighted_sum_and_a_zero_weight_does_no_work(monkeypatch):
+    options = {"content_weight": 2.0, "style_weight": 3.0, "pseudo_weight": 0.5}
+    method = ccdistill.CCDistill(models.DeepLab(), pseudo_threshold=0.0, **options)
+    values = method(toy_batch())
+    assert set(values) == {"seg_day", "seg_night", "pseudo", "content", "style", "total"}
+    expected = values["seg_day"] + values["seg_night"] + 0.5 * values["pseudo"]
+    torch.testing.assert_close(values["total"], expected + 2 * values["content"] + 3 * values["style"])
+    assert values["pseudo"] > 0 and values["style"] > 0 and values["content"] != 0
+
+    def forbidden(*_):
+        raise AssertionError("computed for nothing")
+
+    for name in ("content_distill", "style_distill", "pseudo_labels"):
+        monkeypatch.setattr(ccdistill, name, forbidden)
+    method.content_weight = method.style_weight = method.pseudo_weight = 0
+    assert method(toy_batch())["content"] == 0
+    monkeypatch.setattr(losses, "js_divergence", forbidden)
+    losses.content_distill(*[rand(2, 3)] * 4, js_weight=0)
+
+
+def test_content_teaches_the_projection_head_and_the_network():
+    method = ccdistill.CCDistill(models.DeepLab())
+    method(toy_batch())["content"].backward()
+    assert method.projection.layers[0].weight.grad.abs().max() > 0
+    assert method.day.backbone.conv1.weight.grad.abs().max() > 0
+    bare = ccdistill.CCDistill(models.DeepLab(), projection=False)
+    features = torch.rand(2, 256, 3, 4)
+    torch.testing.assert_close(bare.embed(features), features.mean((2, 3)))
+    assert not any("projection" in name for name in bare.state_dict())
+
+
+def test_pseudo_labels_use_the_day_only_where_targets_are_paired(monkeypatch):
+    seen = []
+    real = losses.pseudo_labels
+    monkeypatch.setattr(
+        ccdistill, "pseudo_labels", lambda n, d=None, **k: seen.append(d is not None) or real(n, d, **k)
+    )
+    for paired in (True, False):
+        ccdistill.CCDistill(models.DeepLab(), target_paired=paired)(toy_batch())
+    assert seen == [False, True, False, False]
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def city(tmp_path_factory):
+    root = tmp_path_factory.mktemp("city")
+    datasets.make_demo_city(root, train=6, val=3)
+    return root
+
+
+@pytest.fixture
+def tree(city, tmp_path):
+    """A copy that a test may damage."""
+    shutil.copytree(city, tmp_path / "city")
+    return tmp_path / "city"
+
+
+def first(folder, pattern):
+    return min(Path(folder).rglob(pattern))
+
+
+def test_the_label_table():
+    table = dict(enumerate(datasets.TABLES["labelIds"]))
+    official = {
+        7: 0,
+        8: 1,
+        11: 2,
+        12: 3,
+        13: 4,
+        17: 5,
+        19: 6,
+        20: 7,
+        21: 8,
+        22: 9,
+        23: 10,
+        24: 11,
+        25: 12,
+        26: 13,
+    }
+    official |= {27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
+    for value in range(256):
+        expected = official.get(value, 255 if value < 34 or value == 255 else None)
+        assert table[value] == expected, value
+    assert datasets.colourise(torch.tensor([[0, 18, 255]]))[:, 0].tolist() == [
+        [128, 119, 0],
+        [64, 11, 0],
+        [128, 32, 0],
+    ]
+
+
+def test_label_ids_are_read_directly(tmp_path):
+    path = tmp_path / "x_gtFine_labelIds.png"
+    Image.frombytes("L", (5, 1), bytes([7, 33, 0, 255, 24])).save(path)
+    assert list(datasets.open_label(path).tobytes()) == [0, 18, 255, 255, 11]
+    Image.frombytes("L", (2, 1), bytes([7, 34])).save(path)
+    with pytest.raises(datasets.DataError, match=r"x_gtFine_labelIds.png: value 34"):
+        datasets.open_label(path)
+    path = tmp_path / "x_gt_labelTrainIds.png"
+    Image.frombytes("L", (3, 1), bytes([0, 18, 255])).save(path)
+    assert list(datasets.open_label(path).tobytes()) == [0, 18, 255]
+    Image.frombytes("L", (2, 1), bytes([19, 0])).save(path)
+    with pytest.raises(datasets.DataError, match="value 19 is no labelTrainIds"):
+        datasets.open_label(path)
+
+
+def test_readers_follow_symbolic_links(city, tmp_path):
+    (tmp_path / "links" / "leftImg8bit").mkdir(parents=True)
+    (tmp_path / "links" / "gtFine").symlink_to(city / "cityscapes" / "gtFine")
+    (tmp_path / "links" / "leftImg8bit" / "train").mkdir()
+    (tmp_path / "links" / "leftImg8bit" / "train" / "demo").symlink_to(
+        city / "cityscapes/leftImg8bit/train/demo"
+    )
+    (tmp_path / "night").symlink_to(city / "darkzurich")
+    assert len(datasets.cityscapes(tmp_path / "links")) == 6
+    assert len(datasets.darkzurich(tmp_path / "night")) == 3
+    days, nights = datasets.darkzurich_targets(tmp_path / "night")
+    assert len(days) == len(nights) == 6
+    assert [p.name.split("_")[-3] for p in days] == [p.name.split("_")[-3] for p in nights]
+
+
+def test_pair_lists(tree):
+    table = tree / "mine.csv"
+    lines = [
+        "train/night/DEMO_night/DEMO_night_frame_000002,train/day/DEMO_day/DEMO_day_frame_000004",
+        "",
+        "  ",
+    ]
+    table.write_bytes(("\ufeff" + " \r\n".join(lines)).encode())  # BOM, CRLF, spaces, empty lines
+    days, nights = datasets.darkzurich_targets(tree / "darkzurich", table)
+    assert [p.name for p in days + nights] == [
+        f"DEMO_{x}_rgb_anon.png" for x in ("day_frame_000004", "night_frame_000002")
+    ]
+    days, nights = datasets.darkzurich_targets(tree / "darkzurich", "none")
+    assert len(days) == len(nights) == 6
+    for text, message in (
+        ("a,b,c", "line 1 is not NIGHT,DAY"),
+        ("\n/etc/passwd,train/day/x", "line 2 leads out of"),
+        ("train/night/../../../x,train/day/x", "line 1 leads out of"),
+        ("train/night/x,train/day/x", "train/night/x_rgb_anon.png: no such file"),
+        ("", "no pair in it"),
+    ):
+        table.write_text(text)
+        with pytest.raises(datasets.DataError, match=message):
+            datasets.darkzurich_targets(tree / "darkzurich", table)
+
+
+def test_a_crop_cuts_image_and_label_alike(tmp_path):
+    gradient = Image.frombytes("L", (200, 100), bytes(x for _ in range(100) for x in range(200)))
+    rng, flips, widths = random.Random(0), set(), set()
+    for _ in range(40):
+        cut = datasets.random_crop((200, 100), (40, 60), (0.5, 1.0), rng)
+        image, label = cut(gradient.convert("RGB")), cut(gradient, Image.NEAREST)
+        assert image.shape == (3, 40, 60) and label.shape == (1, 40, 60) and image.dtype == torch.uint8
+        assert (image[0, :, 3:-3].int() - label[0, :, 3:-3].int()).abs().max() <= 2
+        row = label[0, 0].int()
+        flips.add(bool(row[0] > row[-1]))
+        widths.add(int((row[0] - row[-1]).abs()))
+    assert flips == {False, True} and min(widths) < 65 and max(widths) > 110
+
+
+def stream_of(city, **options):
+    source = datasets.cityscapes(city / "cityscapes")
+    days, nights = datasets.darkzurich_targets(
+        city / "darkzurich", "corresp" if options.get("paired", True) else "none"
+    )
+    return datasets.FourDomains(source, days, nights, (64, 96), length=12, **options)
+
+
+def test_pairs_are_cut_alike_and_unpaired_targets_are_not(city, monkeypatch):
+    cuts = []
+    real = datasets.random_crop
+    monkeypatch.setattr(datasets, "random_crop", lambda *a: cuts.append(a[0]) or real(*a))
+    item = stream_of(city)[0]
+    assert len(cuts) == 2  # source; the pair
+    assert set(item) == {"source_day", "source_label", "target_day", "target_night"}
+    stream_of(city, paired=False)[0]
+    assert len(cuts) == 5  # source; night; day
+
+
+def test_an_item_depends_on_the_seed_and_its_number_alone(city):
+    one, two, other = (
+        stream_of(city, jitter=0.3),
+        stream_of(city, jitter=0.3),
+        stream_of(city, seed=1, jitter=0.3),
+    )
+    forward, backward = [one[k] for k in range(12)], [two[k] for k in reversed(range(12))][::-1]
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(forward, backward, strict=True) for name in a)
+    assert any(not torch.equal(a["source_day"], other[k]["source_day"]) for k, a in enumerate(forward))
+    assert sorted(datasets._order(6, "any")) == list(range(6))  # every pass takes all
+
+
+def test_a_folder_of_synthetic_nights_replaces_the_style(tree):
+    shutil.copytree(tree / "cityscapes/leftImg8bit", tree / "gan/leftImg8bit")
+    source = datasets.cityscapes(tree / "cityscapes")
+    for root in (tree / "gan", tree / "gan/leftImg8bit"):
+        nights = datasets.synthetic_nights(root, source)
+        stream = datasets.FourDomains(source, [], [], (64, 96), synthetic=nights, length=1)
+        assert torch.equal(stream[0]["source_night"], stream[0]["source_day"])
+    nights[0].unlink()
+    with pytest.raises(datasets.DataError, match="no such file"):
+        datasets.synthetic_nights(tree / "gan", source)
+
+
+def test_the_demo_city_is_the_same_every_time_and_hard(city, tmp_path):
+    datasets.make_demo_city(tmp_path, train=1, val=1)
+    for path in (p.relative_to(tmp_path) for p in tmp_path.rglob("*.png")):
+        assert (tmp_path / path).read_bytes() == (city / path).read_bytes()
+    pair = [first(city, f"DEMO_{t}_frame_000000_rgb_anon.png") for t in ("day", "night")]
+    day, night = (
+        sum(Image.open(p).convert("L").histogram()[i] * i for i in range(256)) / (256 * 128) for p in pair
+    )
+    assert night < day / 2
+    classes = set()
+    for _, label in datasets.cityscapes(city / "cityscapes"):
+        classes |= {v for v, n in enumerate(datasets.open_label(label).histogram()) if n}
+    assert len(classes - {255}) >= 9
+
+
+# ---- scores ------------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_counted_pixel_by_pixel():
+    label, prediction = torch.randint(0, 6, (20, 30)), torch.randint(2, 8, (20, 30))
+    label[0] = 255
+    counted = [[0] * 19 for _ in range(19)]
+    for a, b in zip(label.flatten().tolist(), prediction.flatten().tolist(), strict=True):
+        if a != 255:
+            counted[a][b] += 1
+    result = evaluate.scores(evaluate.confusion(label.byte(), prediction, 19))
+    assert result["confusion_matrix"] == counted
+    iou = {}
+    for c, name in enumerate(datasets.NAMES):
+        union = sum(counted[c]) + sum(row[c] for row in counted) - counted[c][c]
+        iou[name] = 100 * counted[c][c] / union if union else None
+    assert result["iou"] == pytest.approx(iou) and iou["bus"] is None
+    defined = [v for v in iou.values() if v is not None]
+    assert result["miou"] == pytest.approx(sum(defined) / len(defined))
+    assert result["miou_present"] == pytest.approx(sum(list(iou.values())[:6]) / 6)
+    hits = sum(counted[c][c] for c in range(19))
+    assert result["pixel_accuracy"] == pytest.approx(100 * hits / sum(map(sum, counted)))
+    assert "bus              n/a" in evaluate.table(result) and "road             0.0" in evaluate.table(
+        result
+    )
+    assert evaluate.scores(torch.zeros(19, 19, dtype=torch.int64))["miou"] is None
+
+
+# ---- the commands ------------------------------------------------------------------------------------------------
+
+TINY = ["--crop", "64", "96", "--batch-size", "2", "--workers", "0", "--device", "cpu"]
+
+
+def arguments(city, out, *more):
+    data = ["--cityscapes", str(city / "cityscapes"), "--darkzurich", str(city / "darkzurich")]
+    return [*data, "--out", str(out), *TINY, *map(str, more)]
+
+
+def log_of(out):
+    with open(out / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def state_of(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(a, b):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def test_train_save_evaluate(city, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.main(arguments(city, out, "--steps", 30, "--lr", 1e-3, "--eval-every", 15)) == 0
+    assert {p.name for p in out.iterdir()} == {"args.json", "best.pt", "last.pt", "log.csv", "samples.png"}
+    rows = log_of(out)
+    assert len(rows) == 30 and rows[14]["miou"] and not rows[13]["miou"]
+    assert sum(float(r["total"]) for r in rows[-5:]) < 0.8 * sum(float(r["total"]) for r in rows[:5])
+    assert json.loads((out / "args.json").read_text())["batch_size"] == 2
+    printed = capsys.readouterr().out
+    assert "step 20/30" in printed and "left" in printed and "content" in printed
+    assert Image.open(out / "samples.png").size == (3 * 258 + 2, 3 * 130 + 2)
+
+    best, last = state_of(out / "best.pt"), state_of(out / "last.pt")
+    assert not [k for k in best["model"] if "projection" in k] and [
+        k for k in last["model"] if "projection" in k
+    ]
+    assert "optimizer" in last and "optimizer" not in best
+
+    scores = {}
+    for name, *more in (("last", "--model", "night"), ("best",), ("last", "--model", "day")):
+        command = ["--checkpoint", str(out / f"{name}.pt"), "--darkzurich", str(city / "darkzurich"), *more]
+        command += ["--json", str(tmp_path / "s.json"), "--out", str(tmp_path / "p"), "--device", "cpu"]
+        assert evaluate.main(command) == 0
+        scores[name] = json.loads((tmp_path / "s.json").read_text())
+    assert scores["last"]["miou"] == pytest.approx(float(rows[-1]["miou"]))
+    assert scores["last"]["images"] == 3 and scores["last"]["args"]["model"] == "day"
+    assert scores["last"]["iou"]["train"] is None or scores["last"]["iou"]["train"] == 0
+    stem = "DEMO_val_frame_000000_rgb_anon"
+    prediction = Image.open(tmp_path / "p/labelTrainIds" / f"{stem}.png")
+    colour = Image.open(tmp_path / "p/color" / f"{stem}.png")
+    assert prediction.mode == "L" and prediction.size == (256, 128) and colour.mode == "RGB"
+    value = prediction.getpixel((10, 100))
+    assert colour.getpixel((10, 100)) == datasets.CLASSES[value][2]
+    assert (
+        evaluate.main(["--checkpoint", str(out / "last.pt"), "--cityscapes", str(city / "cityscapes")]) == 0
+    )
+    assert "  n/a" in capsys.readouterr().out
+
+
+SWITCHES = {
+    "content": ["--content-weight", 0],
+    "style": ["--style-weight", 0],
+    "pseudo": ["--pseudo-weight", 0],
+    "seg_night": ["--day-only"],
+}
+
+
+@pytest.mark.parametrize("term", SWITCHES)
+def test_ablation_switches(city, tmp_path, term):
+    assert (
+        train.main(arguments(city, tmp_path / "run", "--steps", 1, "--pseudo-threshold", 0, *SWITCHES[term]))
+        == 0
+    )
+    (row,) = log_of(tmp_path / "run")
+    off = [name for name in train.TERMS if not row[name] or float(row[name]) == 0]
+    assert off == (["seg_night", "pseudo", "content", "style"] if term == "seg_night" else [term])
+    keys = state_of(tmp_path / "run/last.pt")["model"].keys()
+    assert any("projection" in k for k in keys) == (term not in ("content", "seg_night"))
+
+
+def test_the_other_switches_change_what_they_say(city, tmp_path):
+    first_rows = {}
+    for name, *switch in (
+        ("base",), ("js", "--js-weight", 0), ("projection", "--no-projection"), ("style", "--night-style", "color"),
+        ("pairs", "--pairs", "none"), ("norm", "--night-weights", "norm"), ("bf16", "--amp", "bf16"),
+        ("jitter", "--jitter", 0.5), ("sgd", "--optimizer", "sgd"),
+    ):  # fmt: skip
+        assert train.main(arguments(city, tmp_path / name, "--steps", 2, *switch)) == 0
+        first_rows[name] = log_of(tmp_path / name)
+    base = first_rows.pop("base")
+    for name, rows in first_rows.items():
+        different = [t for t in train.TERMS if rows[1][t] != base[1][t]]
+        assert different, name
+    assert [t for t in train.TERMS if first_rows["js"][0][t] != base[0][t]] == ["content", "total"]
+
+
+@pytest.mark.parametrize("more", [[], ["--night-weights", "norm"], ["--optimizer", "sgd", "--workers", "2"]])
+def test_resume_is_exact(city, tmp_path, more):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train.main(arguments(city, whole, "--steps", 5, *more, "--eval-every", 2)) == 0
+    # Stopped by hand after three steps of five, with a row too many in the log, as after a crash.
+    real = train.save
+    try:
+        train.save = lambda state, path: (
+            real(state, path) or (state["step"] == 3 and os.kill(os.getpid(), signal.SIGINT))
+        )
+        with pytest.raises(SystemExit) as stopped:
+            train.main(arguments(city, cut, "--steps", 5, *more, "--eval-every", 2, "--save-every", 3))
+    finally:
+        train.save = real
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert stopped.value.code == 130
+    assert (
+        train.main(arguments(city, cut, "--steps", 5, *more, "--eval-every", 2, "--resume", cut / "last.pt"))
+        == 0
+    )
+    a, b = state_of(whole / "last.pt"), state_of(cut / "last.pt")
+    for state in (a, b):
+        for key in ("out", "resume", "save_every"):
+            state["args"].pop(key)
+    assert_same(a, b)
+    assert log_of(whole) == log_of(cut)
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(city, tmp_path):
+    command = [
+        sys.executable,
+        "-u",
+        HERE / "train.py",
+        *arguments(city, tmp_path / "run", "--steps", 10000, "--log-every", 1),
+    ]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in run.stdout:
+        if line.startswith("step 2/"):
+            run.send_signal(signal.SIGINT)
+            break
+    printed, errors = run.communicate(timeout=120)
+    assert run.returncode == 130 and "--resume goes on" in printed and "Traceback" not in errors
+    state = state_of(tmp_path / "run/last.pt")
+    assert state["step"] == len(log_of(tmp_path / "run")) >= 2
+
+
+def test_a_run_is_protected(city, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.main(arguments(city, out, "--steps", 1)) == 0
+    for more, message in (
+        (["--steps", 2], "exists; go on with --resume"),
+        (
+            ["--steps", 2, "--resume", "--lr", 1, "--backbone", "resnet34"],
+            "--backbone resnet18 there, resnet34 here",
+        ),
+        (["--steps", 2, "--resume", out / "best.pt"], "resume from a last.pt"),
+        (["--steps", 2, "--resume", out / "log.csv"], "log.csv: not a file of tensors"),
+    ):
+        assert train.main(arguments(city, out, *more)) == 2
+        assert message in capsys.readouterr().err
+    assert train.main(arguments(city, out, "--steps", 2, "--resume")) == 0
+    assert [row["step"] for row in log_of(out)] == ["1", "2"]
+
+
+def test_a_loss_that_is_not_finite_stops_and_is_named(city, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ccdistill, "style_distill", lambda *_: torch.tensor(float("nan"), requires_grad=True))
+    assert train.main(arguments(city, tmp_path / "run", "--steps", 2)) == 2
+    assert "step 1: style is nan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--steps", "0"], "--steps must be positive"),
+        (["--batch-size", "-1"], "--batch-size must be positive"),
+        (["--crop", "16", "64"], "--crop must be at least 32 x 32"),
+        (["--scale", "1", "0.5"], "--scale wants"),
+        (["--content-weight", "-1"], "--content-weight must not be negative"),
+        (["--lr", "nan"], "--lr must be positive"),
+        (["--demo"], "--demo draws its own data"),
+        (["--backbone", "vgg"], "invalid choice"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(city, tmp_path, capsys, more, message):
+    with pytest.raises(SystemExit) as refused:
+        train.main(arguments(city, tmp_path / "run", *more))
+    errors = capsys.readouterr().err
+    assert refused.value.code == 2 and message in errors and errors.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_datasets_are_refused(city, capsys):
+    for command, message in (
+        ([], "--cityscapes DIR is needed"),
+        (["--cityscapes", "x"], "--darkzurich DIR is needed"),
+    ):
+        with pytest.raises(SystemExit):
+            train.main(command)
+        assert message in capsys.readouterr().err
+
+
+def damage(path, how):
+    path = Path(path)
+    data = path.read_bytes()
+    size = Image.open(path).size
+    if how == "delete":
+        path.unlink()
+    elif how == "truncate":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "text":
+        path.write_text("not an image")
+    elif how == "small":
+        Image.open(path).resize((size[0] - 1, size[1])).save(path)
+    elif how == "16-bit":
+        Image.new("I;16", size).save(path)
+    elif how == "colour":
+        Image.new("RGB", size).save(path)
+    elif how == "value":
+        Image.new("L", size, 77).save(path)
+
+
+IMAGE, LABEL = "demo_000000_000000_leftImg8bit.png", "demo_000000_000000_gtFine_labelIds.png"
+NIGHT, DAY = "DEMO_night_frame_000000_rgb_anon.png", "DEMO_day_frame_000000_rgb_anon.png"
+VAL_LABEL = "DEMO_val_frame_000000_gt_labelTrainIds.png"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "name, how, message",
+    [
+        (IMAGE, "truncate", "not a readable image"),
+        (IMAGE, "empty", "not a readable image"),
+        (IMAGE, "16-bit", "expected an 8-bit RGB image"),
+        (LABEL, "delete", "no such label"),
+        (LABEL, "small", "255 x 128, but"),
+        (LABEL, "colour", "expected an 8-bit single-channel label"),
+        (LABEL, "value", "value 77 is no labelIds label"),
+        (NIGHT, "delete", "no such file"),
+        (NIGHT, "text", "not a readable image"),
+        (DAY, "small", "255 x 128, but"),
+        (VAL_LABEL, "delete", "no such label"),
+        (VAL_LABEL, "value", "value 77 is no labelTrainIds label"),
+    ],
+)
+def test_bad_files_are_named_in_one_line(tree, tmp_path, capsys, name, how, message, workers):
+    damage(first(tree, name), how)
+    assert train.main(arguments(tree, tmp_path / "run", "--steps", 3, "--workers", workers)) == 2
+    errors = capsys.readouterr().err
+    assert message in errors and errors.count("\n") == 1 and errors.startswith("train.py: error: ")
+    assert name.replace("labelIds", "label").split("_label")[0] in errors
+
+
+def test_missing_folders_are_named(tree, tmp_path, capsys):
+    shutil.rmtree(tree / "darkzurich/corresp")
+    assert train.main(arguments(tree, tmp_path / "run", "--steps", 1)) == 2
+    assert "--pairs none" in capsys.readouterr().err
+    shutil.rmtree(tree / "darkzurich/gt")  # no labelled nights: training works, without scores
+    assert train.main(arguments(tree, tmp_path / "run", "--steps", 1, "--pairs", "none")) == 0
+    assert "validation: none" in capsys.readouterr().out and not (tmp_path / "run/best.pt").exists()
+    shutil.rmtree(tree / "cityscapes/gtFine")
+    assert train.main(arguments(tree, tmp_path / "other", "--steps", 1)) == 2
+    assert train.main(arguments(tree / "nowhere", tmp_path / "other", "--steps", 1)) == 2
+    assert "leftImg8bit/train: no such folder" in capsys.readouterr().err
+    assert (
+        evaluate.main(["--checkpoint", str(tmp_path / "none.pt"), "--darkzurich", str(tree / "darkzurich")])
+        == 2
+    )
+
+
+def test_the_crop_must_fit(city, tmp_path, capsys):
+    assert train.main(arguments(city, tmp_path / "run", "--crop", 129, 96)) == 2
+    assert "256 x 128 is smaller than --crop, 129 96" in capsys.readouterr().err
+
+
+def test_a_payload_in_a_checkpoint_does_not_run(tmp_path, capsys, city):
+    marker = tmp_path / "ran"
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(marker),)
+
+    torch.save({"model": Payload(), "architecture": {}}, tmp_path / "evil.pt")
+    command = ["--checkpoint", str(tmp_path / "evil.pt"), "--darkzurich", str(city / "darkzurich")]
+    assert evaluate.main(command) == 2
+    assert "not a file of tensors" in capsys.readouterr().err
+    assert train.main(arguments(city, tmp_path / "run", "--weights", tmp_path / "evil.pt")) == 2
+    assert not marker.exists()
+
+
+def test_the_demo_compares_day_only_with_the_method(tmp_path, capsys, monkeypatch):
+    real = datasets.make_demo_city
+    monkeypatch.setattr(datasets, "make_demo_city", lambda root: real(root, train=4, val=2))
+    command = ["--demo", "--steps", "2", "--out", str(tmp_path / "demo"), "--workers", "0", "--device", "cpu"]
+    assert train.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "day-only  ccdistill" in printed and "miou_present" in printed
+    assert Image.open(tmp_path / "demo/comparison.png").width == 4 * 258 + 2
+    assert train.main(command) == 0  # again: nothing is trained twice
+    assert "step 2/2" not in capsys.readouterr().out

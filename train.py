@@ -1,0 +1,538 @@
+"""Train a night segmenter from labelled days and unlabelled nights.
+
+    python train.py --demo                                                 no data needed, minutes on a laptop
+    python train.py --cityscapes DIR --darkzurich DIR                      the method
+    python train.py --cityscapes DIR --darkzurich DIR --day-only           the baseline: labelled days, nothing else
+    python train.py --cityscapes DIR --darkzurich DIR --resume             go on from OUT/last.pt
+
+Writes OUT/last.pt (everything, to resume from), OUT/best.pt (what inference needs; chosen on labelled nights, so
+report last.pt), OUT/log.csv, OUT/args.json and OUT/samples.png (night image | prediction | label).
+"""
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import ImageDraw
+from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import make_grid
+
+import ccdistill
+import datasets
+import evaluate
+import losses
+import models
+
+TERMS = ("seg_day", "seg_night", "pseudo", "content", "style", "total")
+COLUMNS = ("step", "lr", *TERMS, "miou", "miou_present", "skipped")
+LR = {"adamw": 5e-4, "sgd": 2.5e-4}
+DEMO = {
+    "out": "runs/demo",
+    "steps": 250,
+    "batch_size": 4,
+    "crop": (96, 192),
+    "eval_every": 250,
+    "save_every": 50,
+}
+# What a resumed run may change: nothing here touches what is computed.
+FREE = {
+    "steps",
+    "out",
+    "device",
+    "workers",
+    "resume",
+    "eval_every",
+    "save_every",
+    "log_every",
+    "demo",
+    "skip_broken",
+}
+FREE |= {"cityscapes", "darkzurich", "synthetic_night"}  # may have moved
+
+
+def parse_args(argv):
+    summary, examples = __doc__.split("\n\n", 1)
+    parser = argparse.ArgumentParser(
+        description=summary,
+        epilog=examples,
+        usage="%(prog)s --cityscapes DIR --darkzurich DIR [options], or %(prog)s --demo",
+        formatter_class=evaluate.Help,
+    )
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--cityscapes", metavar="DIR", help="labelled days: holds leftImg8bit/ and gtFine/ (labelIds)")
+    add("--darkzurich", metavar="DIR", help="unlabelled days and nights: holds rgb_anon/, corresp/, gt/val/")
+    add("--demo", action="store_true", help="draw a small city, train day-only and CCDistill on it, compare")
+    add(
+        "--pairs",
+        default="corresp",
+        metavar="FILE",
+        help="csv of NIGHT,DAY lines; corresp: the data set's; none",
+    )
+    add(
+        "--synthetic-night", metavar="DIR", help="ready-made S_n instead of --night-style: leftImg8bit's tree"
+    )
+    add("--crop", type=int, nargs=2, metavar=("H", "W"), default=(512, 512), help="training crop")
+    add("--scale", type=float, nargs=2, metavar=("MIN", "MAX"), default=(0.5, 1.0), help="resizing before it")
+    add(
+        "--jitter",
+        type=float,
+        default=0.0,
+        help="random brightness, contrast, saturation of S_d, up to this share",
+    )
+    add("--workers", type=int, default=2, help="decoding processes")
+    add("--skip-broken", type=int, default=0, help="broken files to leave out before giving up")
+
+    add = parser.add_argument_group("network").add_argument
+    add("--backbone", choices=models.BACKBONES, default="resnet18", help="torchvision's ResNet")
+    add("--output-stride", type=int, choices=(8, 16), default=16, help="of the features")
+    add(
+        "--weights",
+        default="none",
+        help="none, imagenet (IMAGENET1K_V1, downloaded) or the file of a state dict",
+    )
+    add(
+        "--night-weights",
+        choices=ccdistill.NIGHT_WEIGHTS,
+        default="shared",
+        help="of M_n: all M_d's, norm apart, none",
+    )
+
+    add = parser.add_argument_group("method").add_argument
+    add("--day-only", action="store_true", help="the baseline: train on S_d and its labels alone")
+    add("--night-style", choices=ccdistill.NIGHT_STYLES, default="fda", help="how S_n is made")
+    add("--night-strength", type=float, help=f"of the style; None: {ccdistill.STRENGTH}")
+    add("--content-weight", type=float, default=1.0, help="of CDC; 0: not computed")
+    add("--style-weight", type=float, default=1.0, help="of CDS; 0: not computed")
+    add("--js-weight", type=float, default=1.0, help="of JS inside CDC; 0: not computed")
+    add("--pseudo-weight", type=float, default=1.0, help="of the pseudo-labels' loss; 0: not computed")
+    add("--pseudo-threshold", type=float, default=0.9, help="softmax that makes a pseudo-label")
+    add("--no-projection", action="store_true", help="without the projection head: e is average-pooled F")
+    add("--embedding-dim", type=int, default=128, help="channels of e")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--steps", type=int, default=50000, help="length of the run")
+    add("--batch-size", type=int, default=2, help="images per domain")
+    add("--optimizer", choices=tuple(LR), default="adamw", help="sgd: momentum 0.9")
+    add("--lr", type=float, help=f"learning rate; None: {LR}")
+    add("--weight-decay", type=float, default=5e-4, help="of every parameter")
+    add("--power", type=float, default=0.9, help="of the polynomial decay of the learning rate; 0: constant")
+    add("--amp", choices=("off", "bf16"), default="off", help="autocast of the networks")
+    add("--seed", type=int, default=0, help="of weights, samples, crops, dropout")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--out", metavar="DIR", default="runs/ccdistill", help="where everything is written")
+    add(
+        "--resume",
+        nargs="?",
+        const=True,
+        metavar="FILE",
+        help="go on from a last.pt, that of --out if none is named",
+    )
+    add("--device", default=evaluate.best_device(), help="cuda, mps or cpu; the default is the best there is")
+    add("--eval-every", type=int, default=500, help="steps between validations")
+    add("--save-every", type=int, default=500, help="steps between checkpoints")
+    add("--log-every", type=int, default=20, help="steps between progress lines")
+
+    args = parser.parse_args(argv)
+    if args.demo:  # its own defaults, still overridden by what was given
+        parser.set_defaults(**DEMO)
+        args = parser.parse_args(argv)
+    args.crop, args.scale = tuple(args.crop), tuple(args.scale)
+    args.lr = LR[args.optimizer] if args.lr is None else args.lr
+    if problem := contradiction(args):
+        parser.error(problem)
+    return args
+
+
+def contradiction(args):
+    """What is wrong with the arguments, as one line, or None."""
+    for name in ("steps", "batch_size", "embedding_dim", "eval_every", "save_every", "log_every", "lr"):
+        if not getattr(args, name) > 0:
+            return f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}"
+    for name in (
+        "workers",
+        "skip_broken",
+        "content_weight",
+        "style_weight",
+        "js_weight",
+        "pseudo_weight",
+        "weight_decay",
+        "power",
+    ):
+        if not getattr(args, name) >= 0:
+            return f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}"
+    if min(args.crop) < 32:
+        return f"--crop must be at least 32 x 32, got {args.crop[0]} {args.crop[1]}"
+    if not 0 < args.scale[0] <= args.scale[1]:
+        return f"--scale wants 0 < MIN <= MAX, got {args.scale[0]} {args.scale[1]}"
+    if not 0 <= args.jitter < 1 or not 0 <= args.pseudo_threshold <= 1:
+        return "--jitter wants 0 to below 1, --pseudo-threshold 0 to 1"
+    if args.demo and (args.cityscapes or args.darkzurich):
+        return "--demo draws its own data: leave --cityscapes and --darkzurich out"
+    if args.demo and args.day_only:
+        return "--demo trains --day-only and the method, one after the other: leave --day-only out"
+    if not args.demo and not args.cityscapes:
+        return "--cityscapes DIR is needed (or --demo)"
+    if not args.demo and not args.day_only and not args.darkzurich:
+        return "--darkzurich DIR is needed (or --day-only, or --demo)"
+    return evaluate.device_problem(args.device)
+
+
+def load_data(args):
+    """(training stream, labelled validation nights) as the arguments say. Raises DataError."""
+    source = datasets.cityscapes(args.cityscapes)
+    days, nights, synthetic, validation = [], [], None, []
+    print(f"source: {len(source)} labelled days in {args.cityscapes}", flush=True)
+    if not args.day_only:
+        days, nights = datasets.darkzurich_targets(args.darkzurich, args.pairs)
+        how = "unpaired" if args.pairs == "none" else "paired"
+        print(f"target: {len(days)} days and {len(nights)} nights, {how}, in {args.darkzurich}", flush=True)
+        if args.synthetic_night:
+            synthetic = datasets.synthetic_nights(args.synthetic_night, source)
+    if args.darkzurich and Path(args.darkzurich, "gt", "val").is_dir():
+        validation = datasets.darkzurich(args.darkzurich)
+        print(f"validation: {len(validation)} labelled nights", flush=True)
+    else:
+        print(
+            "validation: none, there are no labelled nights (gt/val of --darkzurich); no best.pt", flush=True
+        )
+    for image in [image for image, _ in source] + days + nights:
+        width, height = datasets.size_of(image)
+        if height < args.crop[0] or width < args.crop[1]:
+            raise datasets.DataError(
+                f"{image}: {width} x {height} is smaller than --crop, {args.crop[0]} {args.crop[1]}"
+            )
+    stream = datasets.FourDomains(
+        source, days, nights, args.crop, args.pairs != "none", synthetic, args.scale, args.jitter, args.seed,
+        length=args.steps * args.batch_size,
+    )  # fmt: skip
+    return stream, validation
+
+
+def quiet_worker(_):
+    """Loader workers leave Ctrl-C and SIGTERM to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def batches(stream, start, args):
+    """The stream from step `start` on, as dicts of device tensors: images float in [0, 1], labels int64."""
+    loader = torch.utils.data.DataLoader(
+        stream,
+        args.batch_size,
+        sampler=range(start * args.batch_size, len(stream)),
+        num_workers=args.workers,
+        worker_init_fn=quiet_worker,
+        pin_memory=args.device.startswith("cuda"),
+        generator=torch.Generator(),  # of its own: starting a loader must not advance the training's randomness
+    )
+    for batch in loader:
+        label = batch.pop("source_label").to(args.device, non_blocking=True).long()
+        broken = batch.pop("broken")
+        images = {name: evaluate.to_float(image, args.device) for name, image in batch.items()}
+        yield images | {"source_label": label, "broken": broken}
+
+
+def save(state, path):
+    """Write a checkpoint so that `path` always holds a whole one: aside, flushed, renamed."""
+    aside, buffer = Path(f"{path}.tmp"), io.BytesIO()
+    torch.save(state, buffer)
+    try:
+        with open(aside, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise OSError(f"{path}: not saved ({error.strerror}); what it held before is still whole") from None
+
+
+def validate(method, validation, args):
+    """Score M_n on the labelled nights and draw the first four into OUT/samples.png."""
+    tiles = []
+
+    def draw(item, prediction):
+        if len(tiles) < 12:
+            tiles.extend([item["image"], datasets.colourise(prediction), datasets.colourise(item["label"])])
+
+    result = evaluate.evaluate(method.night, validation, args.device, args.workers, draw)
+    picture(tiles, 3, Path(args.out, "samples.png"))
+    return result
+
+
+def picture(tiles, columns, path, titles=()):
+    """Write (3, H, W) uint8 tiles as a grid, all in the first one's shape, at most 480 wide."""
+    width = min(480, tiles[0].shape[2])
+    size = [round(tiles[0].shape[1] * width / tiles[0].shape[2]), width]
+    tiles = [TF.resize(tile, size, TF.InterpolationMode.NEAREST) for tile in tiles]
+    image = TF.to_pil_image(TF.pad(make_grid(tiles, columns), [0, 14 if titles else 0, 0, 0]))
+    for column, title in enumerate(titles):
+        ImageDraw.Draw(image).text((6 + column * (width + 2), 2), title, fill="white")
+    image.save(path)
+
+
+def build(args):
+    """The method on its device, with an optimizer over everything that learns."""
+    model = models.DeepLab(args.backbone, len(datasets.NAMES), args.output_stride, weights=args.weights)
+    method = ccdistill.CCDistill(
+        model,
+        night_weights="shared" if args.day_only else args.night_weights,
+        night_style=args.night_style,
+        night_strength=args.night_strength,
+        projection=not args.no_projection and not args.day_only and args.content_weight > 0,
+        embedding_dim=args.embedding_dim,
+        content_weight=args.content_weight,
+        style_weight=args.style_weight,
+        js_weight=args.js_weight,
+        pseudo_weight=args.pseudo_weight,
+        pseudo_threshold=args.pseudo_threshold,
+        target_paired=args.pairs != "none",
+    ).to(args.device, memory_format=torch.channels_last)
+    if args.optimizer == "sgd":
+        optimizer = torch.optim.SGD(
+            method.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay
+        )
+    else:
+        optimizer = torch.optim.AdamW(method.parameters(), args.lr, weight_decay=args.weight_decay)
+    return method, optimizer
+
+
+def day_only(method, batch):
+    """The baseline in the method's terms: M_d on S_d, nothing else."""
+    loss = losses.segmentation_loss(method.day(batch["source_day"])[1], batch["source_label"])
+    return {"seg_day": loss, "total": loss}
+
+
+def inference_state(args, step, method):
+    """What evaluate.py needs of a run: M_d and M_n, how to build them, and where they come from."""
+    return {
+        "format": evaluate.FORMAT,
+        "architecture": {"backbone": args.backbone, "output_stride": args.output_stride},
+        "args": json.loads(json.dumps(vars(args))),
+        "step": step,
+        "model": {k: v for k, v in method.state_dict().items() if not k.startswith("projection.")},
+    }
+
+
+def full_state(args, step, method, optimizer, best, skipped):
+    """Everything that the rest of a run depends on; a sample's randomness depends on seed and step alone."""
+    return inference_state(args, step, method) | {
+        "model": method.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "best": best,
+        "skipped": skipped,
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if args.device.startswith("cuda") else [],
+    }
+
+
+def resume(args, method, optimizer):
+    """Load a last.pt into method, optimizer and random state; returns its (step, best score, skipped files)."""
+    path = Path(args.out, "last.pt") if args.resume is True else Path(args.resume)
+    state = evaluate.read_checkpoint(path)
+    if "optimizer" not in state:
+        raise ValueError(f"{path}: holds what inference needs only; resume from a last.pt")
+    then, now = state["args"], json.loads(json.dumps(vars(args)))
+    differ = [name for name in now if name not in FREE and now[name] != then.get(name)]
+    if differ:
+        changes = (f"--{name.replace('_', '-')} {then.get(name)} there, {now[name]} here" for name in differ)
+        raise ValueError(f"{path}: another run: {'; '.join(changes)}")
+    if args.steps < state["step"]:
+        raise ValueError(f"{path}: is at step {state['step']} already, --steps is {args.steps}")
+    try:
+        method.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] and args.device.startswith("cuda"):
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        return state["step"], state["best"], state["skipped"]
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged checkpoint ({' '.join(str(error).split())[:200]})") from None
+
+
+def open_log(path, step):
+    """OUT/log.csv for appending, its rows after `step` dropped."""
+    rows = []
+    if step and path.exists():
+        with open(path, newline="") as file:
+            rows = [
+                row
+                for row in csv.DictReader(file)
+                if (row["step"] or "").isdigit() and int(row["step"]) <= step
+            ]
+    aside = Path(f"{path}.tmp")
+    with open(aside, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    aside.replace(path)
+    return open(path, "a", newline="", buffering=1)
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Ctrl-C and SIGTERM put their number into the list that this yields; a second one interrupts at once."""
+    stop = []
+
+    def note(number, _):
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(number)
+        print("finishing this step, then saving (again: stop at once)", flush=True)
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def report(args, step, rate, values):
+    """The progress line."""
+    left = int((args.steps - step) / rate)
+    terms = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+    print(f"step {step}/{args.steps}  {rate:.2f}/s  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left  {terms}",
+          flush=True)  # fmt: skip
+
+
+def train(args):
+    """One run, to OUT/last.pt at step --steps."""
+    out = Path(args.out)
+    if (out / "last.pt").exists() and not args.resume:
+        raise ValueError(f"{out / 'last.pt'}: exists; go on with --resume or choose another --out")
+    torch.manual_seed(args.seed)
+    stream, validation = load_data(args)
+    method, optimizer = build(args)
+    start, best, skipped = resume(args, method, optimizer) if args.resume else (0, -1.0, 0)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "args.json").write_text(json.dumps(vars(args), indent=1))
+    method.train()
+    done, began = start, time.monotonic()
+    with stop_signals() as stop, open_log(out / "log.csv", start) as log:
+        writer = csv.DictWriter(log, COLUMNS)
+        try:
+            for step, batch in enumerate(batches(stream, start, args), start + 1):
+                skipped += skip(batch.pop("broken"), skipped, args)
+                lr = args.lr * (1 - (step - 1) / args.steps) ** args.power
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                with torch.autocast(
+                    torch.device(args.device).type, torch.bfloat16, enabled=args.amp == "bf16"
+                ):
+                    terms = day_only(method, batch) if args.day_only else method(batch)
+                values = dict(zip(terms, torch.stack(list(terms.values())).tolist(), strict=True))
+                check_finite(values, step, batch, method, out)
+                optimizer.zero_grad()
+                terms["total"].backward()
+                optimizer.step()
+
+                row = {"step": step, "lr": lr, "skipped": skipped} | values
+                if step % args.log_every == 0 or step == args.steps:
+                    report(args, step, (step - start) / (time.monotonic() - began), values)
+                try:
+                    if validation and (step % args.eval_every == 0 or step == args.steps):
+                        result = validate(method, validation, args)
+                        row |= {name: result[name] for name in ("miou", "miou_present")}
+                        print(f"step {step}  at night: {evaluate.summary(result)}", flush=True)
+                        if (result["miou_present"] or 0) > best:
+                            best = result["miou_present"]
+                            save(inference_state(args, step, method), out / "best.pt")
+                finally:
+                    writer.writerow(row)
+                    done = step
+                if stop or step % args.save_every == 0 or step == args.steps:
+                    save(full_state(args, step, method, optimizer, best, skipped), out / "last.pt")
+                if stop:
+                    print(f"stopped at step {step}; the same command with --resume goes on", flush=True)
+                    sys.exit(128 + stop[0])
+        except datasets.DataError:
+            if done > start:
+                save(full_state(args, done, method, optimizer, best, skipped), out / "last.pt")
+                print(f"saved step {done} in {out / 'last.pt'}; --resume goes on from it", flush=True)
+            raise
+
+
+def skip(broken, skipped, args):
+    """How many files this batch left out, each told; more than --skip-broken in all raises DataError."""
+    broken = [line for lines in broken for line in lines.splitlines()]
+    for line in broken:
+        skipped += 1
+        if skipped > args.skip_broken:
+            raise datasets.DataError(f"{line}; --skip-broken {skipped} would leave it out")
+        print(f"left out ({skipped} of {args.skip_broken}): {line}", flush=True)
+    return len(broken)
+
+
+def check_finite(values, step, batch, method, out):
+    """Raise ValueError, naming the first term that is inf or nan, and keep what is needed to look at it."""
+    bad = next((name for name, value in values.items() if not math.isfinite(value)), None)
+    if bad:
+        path = out / "nonfinite.pt"
+        save({"step": step, "losses": values, "batch": batch, "model": method.state_dict()}, path)
+        raise ValueError(
+            f"step {step}: {bad} is {values[bad]}; batch and weights are in {path}, last.pt is older"
+        )
+
+
+def demo(args):
+    """Draw the demo city, train day-only and CCDistill on it for the same number of steps, compare them at night."""
+    out, results = Path(args.out), {}
+    city = out / "city"
+    if not (city / "darkzurich" / "corresp").is_dir():  # the last thing to be written
+        print(f"drawing a city into {city}", flush=True)
+        datasets.make_demo_city(city)
+    args.demo, args.cityscapes, args.darkzurich = False, str(city / "cityscapes"), str(city / "darkzurich")
+    for name in ("day-only", "ccdistill"):
+        run = argparse.Namespace(**vars(args) | {"out": str(out / name), "day_only": name == "day-only"})
+        run.resume = (out / name / "last.pt").exists() or None  # an interrupted demo goes on
+        print(f"\n{name}: {args.steps} steps", flush=True)
+        train(run)
+    validation = datasets.darkzurich(args.darkzurich)
+    rows = [[item["image"], datasets.colourise(item["label"])] for item in datasets.Labelled(validation[:4])]
+    for name in ("day-only", "ccdistill"):
+        model, _ = evaluate.load_model(out / name / "last.pt", device=args.device)
+        tiles = []
+        results[name] = evaluate.evaluate(
+            model, validation, args.device, each=lambda _, prediction, tiles=tiles: tiles.append(prediction)
+        )
+        for row, prediction in zip(rows, tiles, strict=False):
+            row.insert(-1, datasets.colourise(prediction))
+    titles = [
+        "target night",
+        *(f"{name}: {result['miou']:.1f} mIoU" for name, result in results.items()),
+        "label",
+    ]
+    picture([tile for row in rows for tile in row], 4, out / "comparison.png", titles)
+    print(f"\n{'at night':14} {'day-only':>10} {'ccdistill':>10}")
+    for name in datasets.NAMES:
+        print(f"{name:14}", *(f"{evaluate.percent(result['iou'][name]):>10}" for result in results.values()))
+    for name in ("miou", "miou_present", "pixel_accuracy"):
+        print(f"{name:14}", *(f"{evaluate.percent(result[name]):>10}" for result in results.values()))
+    print(f"picture: {out / 'comparison.png'}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        demo(args) if args.demo else train(args)
+    except (ValueError, OSError) as error:
+        print(f"train.py: error: {datasets.one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
