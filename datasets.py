@@ -1,13 +1,15 @@
-"""Files in, tensors out: Cityscapes, Dark Zurich, and a demo city drawn in the same layouts. Knows no model.
+"""Files in, tensors out: Cityscapes, Dark Zurich, ACDC, Nighttime Driving, and a demo city drawn in the same layouts. Knows no model.
 
 Images leave as (3, H, W) uint8 RGB, labels as (H, W) uint8 trainIds with 255 = ignore: the device makes floats of
 them. What is wrong with files raises DataError, whose one line names the file and what was expected there.
 """
 
+import collections
 import csv
 import functools
 import os
 import random
+import warnings
 from pathlib import Path
 
 import torch
@@ -71,13 +73,7 @@ def colourise(labels):
 
 def size_of(path):
     """(width, height) from the header alone. Raises DataError."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except Exception as error:  # noqa: BLE001 (Pillow raises a dozen types on damaged files)
-        raise DataError(f"{path}: not a readable image ({_reason(error)})") from None
+    return _opened(path, lambda image: image.size)
 
 
 def open_image(path):
@@ -88,29 +84,40 @@ def open_image(path):
     return image.convert("RGB")
 
 
-def open_label(path):
+def open_label(path, kind=None):
     """Decoded label as a Pillow image of trainIds; the file's name says whether it stores labelIds or
-    labelTrainIds, its values are checked. Raises DataError."""
-    kind = "labelTrainIds" if Path(path).stem.endswith("labelTrainIds") else "labelIds"
+    labelTrainIds, its values are checked. kind "invIds": a mask of 0 and 1 instead. Raises DataError."""
+    kind = kind or ("labelTrainIds" if Path(path).stem.endswith("labelTrainIds") else "labelIds")
     image = _decode(path)
     if image.mode == "P":  # the indices are the labels, whatever colours they have
         image = Image.frombytes("L", image.size, image.tobytes())
     if image.mode != "L":
         raise DataError(f"{path}: expected an 8-bit single-channel label, found mode {image.mode}")
-    table = TABLES[kind]
+    table = [0, 1] + [None] * 254 if kind == "invIds" else TABLES[kind]
     wrong = [value for value, count in enumerate(image.histogram()) if count and table[value] is None]
     if wrong:
-        raise DataError(
-            f"{path}: value {wrong[0]} is no {kind} label ({'0-33' if kind == 'labelIds' else '0-18'}, 255)"
-        )
+        known = {"labelIds": "0-33, 255", "labelTrainIds": "0-18, 255", "invIds": "0, 1"}[kind]
+        raise DataError(f"{path}: value {wrong[0]} is no {kind} value ({known})")
     return image.point([IGNORE if value is None else value for value in table])
 
 
 def _decode(path):
+    def load(image):
+        image.load()
+        return image
+
+    return _opened(path, load)
+
+
+def _opened(path, use):
+    """use(Pillow image); what Pillow raises, a dozen types on damaged files, becomes a DataError."""
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return use(image)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
     except Exception as error:  # noqa: BLE001
         raise DataError(f"{path}: not a readable image ({_reason(error)})") from None
 
@@ -149,74 +156,122 @@ def _same_size(*paths):
     return sizes[0]
 
 
-def _label_of(stem):
-    """The label beside `stem`: labelIds, which every download has, or else labelTrainIds. Raises DataError."""
-    for kind in ("labelIds", "labelTrainIds"):
-        path = stem.with_name(f"{stem.name}_{kind}.png")
-        if path.is_file():
-            return path
-    raise DataError(f"{stem}_labelIds.png: no such label (nor {stem.name}_labelTrainIds.png)")
+# Where each data set keeps a split: images, their names' ending, labels, the middle of their names. `{}`: the split.
+LAYOUTS = {
+    "cityscapes": ("leftImg8bit/{}", "_leftImg8bit.png", "gtFine/{}", "_gtFine"),
+    "darkzurich": ("rgb_anon/{}/night", "_rgb_anon.png", "gt/{}/night", "_gt"),
+    "acdc": ("rgb_anon/night/{}", "_rgb_anon.png", "gt/night/{}", "_gt"),
+    "nighttime-driving": (
+        "leftImg8bit/{}/night", "_leftImg8bit.png", "gtCoarse_daytime_trainvaltest/{}/night", "_gtCoarse",
+    ),
+}  # fmt: skip
+PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
+Sample = collections.namedtuple("Sample", "image label invalid", defaults=(None, None))
 
 
-def cityscapes(root, split="train"):
-    """[(image, label)] paths of a Cityscapes split, checked for counterparts and sizes. Raises DataError."""
-    images = _find(Path(root, "leftImg8bit", split), "*/*_leftImg8bit.png")
-    samples = []
-    for image in images:
-        name = image.name.removesuffix("_leftImg8bit.png")
-        samples.append((image, _label_of(Path(root, "gtFine", split, image.parent.name, f"{name}_gtFine"))))
-        _same_size(*samples[-1])
-    return samples
+def samples(layout, root, split="val", labels="labelTrainIds"):
+    """[Sample] of paths of a split, checked for counterparts and sizes; label and invalid (gt_invIds) are None
+    where the data set has none for the split. `labels`: the kind that is read where a folder holds both. The days
+    of *_ref splits have no labels. Raises DataError."""
+    folder, ending, gt_folder, middle = LAYOUTS[layout]
+    reference = split.endswith("_ref")
+    if reference and layout == "darkzurich":
+        folder = "rgb_anon/{}/day"
+    elif reference:
+        ending = "_rgb_ref_anon.png"
+    folder, gt_folder = Path(root, folder.format(split)), Path(root, gt_folder.format(split))
+    found = []
+    for image in _find(folder, f"*{ending}" if layout == "nighttime-driving" else f"*/*{ending}"):
+        stem = gt_folder / image.relative_to(folder).parent / (image.name.removesuffix(ending) + middle)
+        label = invalid = None
+        if gt_folder.is_dir() and not reference:
+            label = next((path for path in _labels_of(stem, labels) if path.is_file()), None)
+            if label is None:
+                raise DataError(f"{stem}_labelIds.png: no such label (nor {stem.name}_labelTrainIds.png)")
+            invalid = stem.with_name(f"{stem.name}_invIds.png")
+            invalid = invalid if invalid.is_file() else None
+        _same_size(*filter(None, (image, label, invalid)))
+        found.append(Sample(image, label, invalid))
+    return found
 
 
-def synthetic_nights(root, samples):
-    """Ready-made S_n for `samples` of `cityscapes`: the same tree and names as leftImg8bit, under `root`."""
+def _labels_of(stem, first):
+    return [
+        stem.with_name(f"{stem.name}_{kind}.png") for kind in sorted(TABLES, key=lambda kind: kind != first)
+    ]
+
+
+def describe(found, root):
+    """What `samples` found and where, as one line for the log."""
+    if not found[0].label:
+        return f"{len(found)} images, no labels, in {root}"
+    kind = found[0].label.stem.rpartition("_")[2]
+    other = next(name for name in TABLES if name != kind)
+    both = found[0].label.with_name(found[0].label.name.replace(kind, other)).is_file()
+    also = f" ({other} are there too: --labels {other} reads them)" if both else ""
+    return f"{len(found)} images with {kind}{also} in {root}"
+
+
+def pictures(paths):
+    """[Sample] of picture files, and of the pictures in folders. Raises DataError."""
+    found = []
+    for path in map(Path, paths):
+        inside = (
+            sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES) if path.is_dir() else [path]
+        )
+        if not inside:
+            raise DataError(f"{path}: no picture in it ({', '.join(sorted(PICTURES))})")
+        found += inside
+    names = collections.Counter(path.stem for path in found)
+    if twice := [path for path in found if names[path.stem] > 1]:
+        raise DataError(
+            f"{twice[0]}: another picture has the same name {twice[0].stem}, one would overwrite the other"
+        )
+    for path in found:
+        size_of(path)
+    return [Sample(path) for path in found]
+
+
+def synthetic_nights(root, source):
+    """Ready-made S_n for the `source` samples: the same tree and names as leftImg8bit, under `root`."""
     root = Path(root, "leftImg8bit") if Path(root, "leftImg8bit").is_dir() else Path(root)
-    nights = [root.joinpath(*image.parts[-3:]) for image, _ in samples]
-    for (image, _), night in zip(samples, nights, strict=True):
-        _same_size(image, night)
+    nights = [root.joinpath(*sample.image.parts[-3:]) for sample in source]
+    for sample, night in zip(source, nights, strict=True):
+        _same_size(sample.image, night)
     return nights
 
 
-def darkzurich(root, split="val"):
-    """[(night image, label)] paths of a labelled Dark Zurich split. Raises DataError."""
-    images = _find(Path(root, "rgb_anon", split, "night"), "*/*_rgb_anon.png")
-    samples = []
-    for image in images:
-        name = image.name.removesuffix("_rgb_anon.png")
-        samples.append((image, _label_of(Path(root, "gt", split, "night", image.parent.name, f"{name}_gt"))))
-        _same_size(*samples[-1])
-    return samples
+def targets(layout, root, pairs="corresp"):
+    """(day images, night images) of "darkzurich" or "acdc" train. No label is read: Dark Zurich has no gt/train.
 
-
-def darkzurich_targets(root, pairs="corresp"):
-    """(day images, night images) of Dark Zurich train. No label is read: there is no gt/train.
-
-    pairs: "corresp": element i of both lists shows the same place, by corresp/train/night/**/*_ref_day.csv; the
-    path of one csv of that form; or "none": all days and all nights, unrelated. Raises DataError.
+    pairs: "corresp": element i of both lists shows the same place, by Dark Zurich's corresp/train/night/**/
+    *_ref_day.csv or ACDC's names; the path of a csv of that form (Dark Zurich only); or "none": all days and all
+    nights, unrelated. Raises DataError.
     """
     images = Path(root, "rgb_anon")
-    if pairs == "none":
+    if layout == "acdc":
+        nights = _find(images / "night/train", "*/*_rgb_anon.png")
+        reference = images / "night/train_ref"
+        days = [
+            reference / n.parent.name / n.name.replace("_rgb_anon.png", "_rgb_ref_anon.png") for n in nights
+        ]
+        if pairs == "none":
+            days = _find(reference, "*/*_rgb_ref_anon.png")
+    elif pairs == "none":
         days, nights = (_find(images / "train" / light, "*/*_rgb_anon.png") for light in ("day", "night"))
-        for path in days + nights:
-            size_of(path)
-        return days, nights
-    if pairs == "corresp":
+    else:
         folder = Path(root, "corresp", "train", "night")
-        tables = sorted(_walk(folder, "_ref_day.csv"))
+        tables = sorted(_walk(folder, "_ref_day.csv")) if pairs == "corresp" else [Path(pairs)]
         if not tables:
             raise DataError(f"{folder}: no *_ref_day.csv in it; give --pairs FILE, or --pairs none")
-    else:
-        tables = [Path(pairs)]
-    days, nights = [], []
-    for table in tables:
-        for night, day in _read_pairs(table, images):
-            _same_size(night, day)
-            nights.append(night)
-            days.append(day)
-    if not nights:
-        raise DataError(f"{tables[0]}: no pair in it")
-    return days, nights
+        found = [pair for table in tables for pair in _read_pairs(table, images)]
+        if not found:
+            raise DataError(f"{tables[0]}: no pair in it")
+        nights, days = zip(*found, strict=True)
+    if pairs != "none":
+        for pair in zip(nights, days, strict=True):
+            _same_size(*pair)
+    return list(days), list(nights)
 
 
 def _read_pairs(table, images):
@@ -229,7 +284,7 @@ def _read_pairs(table, images):
         stems = [cell.strip() for cell in row]
         if not any(stems):
             continue
-        if len(stems) != 2 or not all(stems):
+        if len(stems) != 2 or not all(stem.isprintable() and stem for stem in stems):
             raise DataError(f"{table}: line {number} is not NIGHT,DAY but {','.join(row)!r}")
         if any(Path(stem).is_absolute() or ".." in Path(stem).parts for stem in stems):
             raise DataError(f"{table}: line {number} leads out of {images}: {','.join(row)!r}")
@@ -239,22 +294,24 @@ def _read_pairs(table, images):
 # ---- tensors -----------------------------------------------------------------------------------------------------
 
 
-class Labelled(torch.utils.data.Dataset):
-    """(image, label) paths -> dict of name (the file's stem), image (3, H, W) and label (H, W), both uint8."""
+class Images(torch.utils.data.Dataset):
+    """[Sample] -> dict of name (the file's stem), image (3, H, W), label (H, W) trainIds and invalid (H, W) 0 or 1,
+    all uint8; the last two only where the sample has them."""
 
-    def __init__(self, samples):
-        self.samples = samples
+    def __init__(self, found):
+        self.samples = found
 
     def __len__(self):
         return len(self.samples)
 
     def __getitem__(self, index):
-        image, label = self.samples[index]
-        return {
-            "name": Path(image).stem,
-            "image": TF.pil_to_tensor(open_image(image)),
-            "label": TF.pil_to_tensor(open_label(label))[0],
-        }
+        sample = self.samples[index]
+        item = {"name": Path(sample.image).stem, "image": TF.pil_to_tensor(open_image(sample.image))}
+        if sample.label:
+            item["label"] = TF.pil_to_tensor(open_label(sample.label))[0]
+        if sample.invalid:
+            item["invalid"] = TF.pil_to_tensor(open_label(sample.invalid, "invIds"))[0]
+        return item
 
 
 class FourDomains(torch.utils.data.Dataset):
@@ -262,7 +319,7 @@ class FourDomains(torch.utils.data.Dataset):
     paths are given, source_night; uint8, all `crop` = (H, W); and broken, what was wrong with files left out.
 
     Everything random about item k comes from (seed, k) alone, k counting samples from the first step on: loader
-    workers and resumed runs see the same items. source: [(image, label)]; days, nights: paths, paired if `paired`.
+    workers and resumed runs see the same items. source: [Sample]; days, nights: paths, paired if `paired`.
     scale: range of the resizing before the crop. jitter: range of brightness, contrast and saturation, S_d only.
     """
 
@@ -292,7 +349,7 @@ class FourDomains(torch.utils.data.Dataset):
             return rng.randrange(len(files)) if attempt else order[k % len(files)]
 
         n = pick("source", self.source)
-        image, label = open_image(self.source[n][0]), open_label(self.source[n][1])
+        image, label = open_image(self.source[n].image), open_label(self.source[n].label)
         cut = random_crop(image.size, self.crop, self.scale, rng)
         item = {"source_day": self.jittered(cut(image), rng), "source_label": cut(label, Image.NEAREST)[0]}
         if self.synthetic:
@@ -455,13 +512,13 @@ def photograph(image, lights, city, night, key):
         for lx, ly, radius, colour in lights:
             square = ((x - lx) ** 2 + (y - ly) ** 2) / radius**2
             colour = torch.tensor(colour).view(3, 1, 1)
-            light += 0.55 * colour * torch.exp(-square)  # falls on what is near
+            light += 0.45 * colour * torch.exp(-square)  # falls on what is near
             glare += colour * (
-                torch.exp(-square * 60) + 0.10 * torch.exp(-square * 4)
+                torch.exp(-square * 60) + 0.08 * torch.exp(-square * 4)
             )  # reaches the lens itself
         glow = torch.tensor([0.07, 0.05, 0.04]).view(3, 1, 1) * (y / height)
         scene = scene * light + glare + glow * (0.5 + rng.random())
-        noise = 0.035
+        noise = 0.015
     else:
         noise, haze = 0.012, rng.uniform(0, 0.15)
         scene = scene * rng.uniform(0.75, 1.1) * (1 - haze) + haze * 0.8

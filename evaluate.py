@@ -1,26 +1,36 @@
-"""Score a checkpoint of train.py, or write its predictions.
+"""Score a checkpoint, write its predictions, pack them for a test server, or export the network.
 
     python evaluate.py --checkpoint runs/last.pt --darkzurich DIR            night validation, per class
     python evaluate.py --checkpoint runs/last.pt --cityscapes DIR            day validation
     python evaluate.py --checkpoint runs/last.pt --darkzurich DIR --json scores.json --out predictions
+    python evaluate.py --checkpoint runs/last.pt --darkzurich DIR --split test --submit upload.zip
+    python evaluate.py --checkpoint runs/last.pt --images street.jpg folder --out predictions
 
-Scores come from one integer confusion matrix over all images, each at its own size. IoU, mIoU and pixel accuracy
-are percentages; `miou` leaves out classes with neither label nor prediction, as cityscapesScripts does, and
-`miou_present` also those without label. A class that does not occur has no IoU: n/a, not 0.
+Scores come from one integer count over all pixels of all images, each at its own size. IoU, mIoU and pixel
+accuracy are percentages; `miou` leaves out classes with neither label nor prediction, as cityscapesScripts does,
+and `miou_present` also those without label. A class that does not occur has no IoU: n/a, not 0.
 """
 
 import argparse
+import io
 import json
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import draw_segmentation_masks
 
 import datasets
 import models
 
 FORMAT = 1  # of the checkpoints
+THRESHOLDS = torch.arange(20) / 20  # of the confidence, for UIoU
+LABEL_IDS = torch.tensor([label_id for _, label_id, _ in datasets.CLASSES], dtype=torch.uint8)
+SIZES = {"darkzurich": (1920, 1080), "cityscapes": (2048, 1024)}  # what the test servers want
 
 
 def best_device():
@@ -44,6 +54,9 @@ def to_float(images, device):
     return images.to(device, non_blocking=True).float() / 255
 
 
+# ---- checkpoints -------------------------------------------------------------------------------------------------
+
+
 def read_checkpoint(path):
     """The dict that train.py saved. Raises ValueError in one line for anything else."""
     state = models.read_state(path)
@@ -54,41 +67,114 @@ def read_checkpoint(path):
     return state
 
 
-def load_model(path, which="night", device="cpu"):
-    """(DeepLab in eval mode, checkpoint dict): M_n ("night") or M_d ("day") of a last.pt or best.pt.
+def load_model(path, which="night", device="cpu", input_format="imagenet"):
+    """(DeepLab in eval mode, description): M_n ("night") or M_d ("day") of a last.pt or best.pt, or the network of
+    a public file (torchvision, AdaptSegNet, DANNet; output stride 8), whose input_format nothing in it tells.
 
     The projection head is neither built nor loaded. Raises ValueError in one line."""
-    state = read_checkpoint(path)
-    try:
-        model = models.DeepLab(**state["architecture"])
-        prefix = f"{which}."
-        model.load_state_dict(
-            {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
-        )
-    except (TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path}: damaged checkpoint ({' '.join(str(error).split())[:200]})") from None
-    return model.to(device).eval(), state
+    state = models.read_state(path)
+    if isinstance(state, dict) and "architecture" in state:
+        state = read_checkpoint(path)
+        try:
+            model = models.DeepLab(**state["architecture"])
+            own = {
+                k.removeprefix(f"{which}."): v for k, v in state["model"].items() if k.startswith(f"{which}.")
+            }
+            model.load_state_dict(own)
+        except (TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path}: damaged checkpoint ({' '.join(str(error).split())[:200]})") from None
+        description = {name: state.get(name) for name in ("architecture", "args", "step")}
+    else:
+        try:
+            architecture = models.architecture_of(models.read_weights(path))
+        except ValueError as error:
+            raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+        if architecture["num_classes"] != len(datasets.NAMES):
+            raise ValueError(
+                f"{path}: predicts {architecture['num_classes']} classes, scores need the 19 of Cityscapes"
+            )
+        model = models.DeepLab(**architecture, input_format=input_format)
+        models.load_weights(model, path, strict=True)
+        description = {"architecture": model.architecture}
+    return model.to(device, memory_format=torch.channels_last).eval(), description
+
+
+# ---- predictions -------------------------------------------------------------------------------------------------
+
+
+def probabilities(model, images, scales=(1.0,), flip=False, window=None):
+    """Softmax (1, K, H, W) of one image (1, 3, H, W), averaged over scales, flips and overlapping windows."""
+    size, total = images.shape[2:], 0
+    for scale in scales:
+        resized = [max(1, round(side * scale)) for side in size]
+        scaled = F.interpolate(images, resized, mode="bilinear", antialias=True) if scale != 1 else images
+        for mirrored in (False, True) if flip else (False,):
+            p = _in_windows(model, scaled.flip(3) if mirrored else scaled, window)
+            p = p.flip(3) if mirrored else p
+            total = total + (F.interpolate(p, size, mode="bilinear") if scale != 1 else p)
+    return total / (len(scales) * (2 if flip else 1))
+
+
+def _in_windows(model, images, window):
+    """Softmax of windows (H, W) that overlap by at least a third, averaged; None: the image as a whole."""
+    height, width = images.shape[2:]
+    images = F.pad(
+        images, (0, max(0, 32 - width), 0, max(0, 32 - height)), mode="replicate"
+    )  # the smallest input
+    h, w = (min(a, b) for a, b in zip(window or images.shape[2:], images.shape[2:], strict=True))
+
+    def starts(length, part):
+        return sorted({*range(0, length - part, max(1, part * 2 // 3)), length - part})
+
+    total = count = 0
+    for top in starts(images.shape[2], h):
+        for left in starts(images.shape[3], w):
+            p = model(images[:, :, top : top + h, left : left + w])[1].softmax(1)
+            if (h, w) == images.shape[2:]:
+                total, count = p, 1
+                break
+            if not torch.is_tensor(total):
+                total = images.new_zeros(1, p.shape[1], *images.shape[2:])
+                count = images.new_zeros(1, 1, *images.shape[2:])
+            total[:, :, top : top + h, left : left + w] += p
+            count[:, :, top : top + h, left : left + w] += 1
+    return (total / count)[:, :, :height, :width]
 
 
 @torch.no_grad()
-def predictions(model, samples, device, workers=0):
-    """Yield (item of datasets.Labelled, (H, W) int64 prediction on the device), one image at a time, eval mode."""
+def predictions(model, found, device, workers=0, **views):
+    """Yield (item of datasets.Images, prediction (H, W) int64, confidence (H, W)), the last two on the device, one
+    image at a time; `views`: scales, flip and window of `probabilities`."""
     training = model.training
     model.eval()
     loader = torch.utils.data.DataLoader(
-        datasets.Labelled(samples), batch_size=None, num_workers=workers, generator=torch.Generator()
+        datasets.Images(found), batch_size=None, num_workers=workers, generator=torch.Generator()
     )
     for item in loader:
-        yield item, model(to_float(item["image"][None], device))[1][0].argmax(0)
+        confidence, prediction = probabilities(model, to_float(item["image"][None], device), **views)[0].max(
+            0
+        )
+        yield item, prediction, confidence
     model.train(training)
 
 
-def confusion(label, prediction, num_classes):
-    """(K, K) int64 pixel counts, rows are labels, columns predictions; label 255 is left out."""
+# ---- scores ------------------------------------------------------------------------------------------------------
+
+
+def count(label, prediction, num_classes, confidence=None, invalid=None):
+    """Integer pixel counts on the prediction's device: (K, K), rows are labels, label 255 left out.
+
+    With confidence and invalid: (2, 21, K, K), first by gt_invIds, then by how many THRESHOLDS the confidence
+    reaches."""
     label = label.to(prediction.device).long()
     valid = label != datasets.IGNORE
-    index = label[valid] * num_classes + prediction[valid]
-    return torch.bincount(index, minlength=num_classes**2).view(num_classes, num_classes)
+    index, shape = label * num_classes + prediction, (num_classes, num_classes)
+    if confidence is not None:
+        reached = torch.bucketize(confidence, THRESHOLDS.to(confidence), right=True)
+        bins = len(THRESHOLDS) + 1
+        index = (invalid.to(index.device).long() * bins + reached) * num_classes**2 + index
+        shape = (2, bins, *shape)
+    return torch.bincount(index[valid], minlength=torch.Size(shape).numel()).view(shape)
 
 
 def scores(matrix):
@@ -97,27 +183,46 @@ def scores(matrix):
     matrix = matrix.cpu()
     hits, labelled, predicted = matrix.diag().double(), matrix.sum(1), matrix.sum(0)
     iou = 100 * hits / (labelled + predicted - hits)  # 0 / 0 = nan: no label, no prediction
-
-    def number(value):
-        return None if value.isnan() else value.item()
-
     return {
-        "miou": number(iou.nanmean()),
-        "miou_present": number(iou[labelled > 0].mean()),
-        "iou": {name: number(value) for name, value in zip(datasets.NAMES, iou, strict=True)},
-        "pixel_accuracy": number(100 * hits.sum() / matrix.sum()),
+        "miou": _number(iou.nanmean()),
+        "miou_present": _number(iou[labelled > 0].mean()),
+        "iou": {name: _number(value) for name, value in zip(datasets.NAMES, iou, strict=True)},
+        "pixel_accuracy": _number(100 * hits.sum() / matrix.sum()),
         "confusion_matrix": matrix.tolist(),
     }
 
 
-def evaluate(model, samples, device, workers=0, each=None):
-    """Scores of a model on (image, label) paths; each(item, prediction) is called for every image."""
-    matrix = torch.zeros(len(datasets.NAMES), len(datasets.NAMES), dtype=torch.int64, device=device)
-    for item, prediction in predictions(model, samples, device, workers):
-        matrix += confusion(item["label"], prediction, len(matrix))
+def uncertainty_scores(counts):
+    """(2, 21, K, K) counts -> dict of uiou (percent, one per THRESHOLDS) and auiou, their mean.
+
+    UIoU (Sakaridis et al., ICCV 2019), per class (TP + TI) / (TP + TI + FP + FN + FI): a pixel below the threshold
+    is declared invalid, rightly so (TI) where gt_invIds says 1, else wrongly (FI); the others count as usual."""
+    counts, uiou = counts.cpu(), []
+    for n in range(len(THRESHOLDS)):
+        kept, declared = counts[:, n + 1 :].sum((0, 1)), counts[:, : n + 1].sum((1, 3))
+        hits, rightly, wrongly = kept.diag().double(), declared[1], declared[0]
+        union = kept.sum(0) + kept.sum(1) - hits + rightly + wrongly
+        uiou.append(100 * ((hits + rightly) / union).nanmean())
+    return {"uiou": [_number(value) for value in uiou], "auiou": _number(torch.stack(uiou).mean())}
+
+
+def _number(value):
+    return None if value.isnan() else value.item()
+
+
+def evaluate(model, found, device, workers=0, each=None, uiou=False, **views):
+    """Scores of a model on [Sample], an empty dict where they have no labels; each(item, prediction, confidence)
+    is called for every image; uiou: with uncertainty scores, for samples with gt_invIds."""
+    classes, counts = len(datasets.NAMES), None
+    for item, prediction, confidence in predictions(model, found, device, workers, **views):
+        if "label" in item:
+            extra = (confidence, item["invalid"]) if uiou else ()
+            counts = count(item["label"], prediction, classes, *extra) + (0 if counts is None else counts)
         if each:
-            each(item, prediction)
-    return scores(matrix)
+            each(item, prediction, confidence)
+    if counts is None:
+        return {}
+    return scores(counts.sum((0, 1))) | uncertainty_scores(counts) if uiou else scores(counts)
 
 
 def percent(value):
@@ -132,18 +237,99 @@ def summary(result):
 
 def table(result):
     """The scores as aligned text."""
-    rows = [f"{name:14} {percent(value)}" for name, value in result["iou"].items()]
-    rows += [f"{name:14} {percent(result[name])}" for name in ("miou", "miou_present", "pixel_accuracy")]
-    return "\n".join(rows)
+    means = ("miou", "miou_present", "pixel_accuracy", "auiou")
+    rows = result["iou"] | {name: result[name] for name in means if name in result}
+    return "\n".join(f"{name:14} {percent(value)}" for name, value in rows.items())
 
 
-def write_prediction(folder, name, prediction):
-    """labelTrainIds/NAME.png (8-bit trainIds) and color/NAME.png (RGB) under `folder`."""
-    prediction = prediction.to("cpu", torch.uint8)
-    for kind, pixels in (("labelTrainIds", prediction), ("color", datasets.colourise(prediction))):
-        path = Path(folder, kind, f"{name}.png")
+# ---- files -------------------------------------------------------------------------------------------------------
+
+
+def write_prediction(folder, item, prediction):
+    """FOLDER/{labelTrainIds,labelIds,color,overlay}/NAME.png, at the image's own size."""
+    prediction = prediction.cpu()
+    masks = torch.stack([prediction == n for n in range(len(datasets.NAMES))])
+    colours = [colour for _, _, colour in datasets.CLASSES]
+    pictures = {
+        "labelTrainIds": prediction.to(torch.uint8),
+        "labelIds": LABEL_IDS[prediction],
+        "color": datasets.colourise(prediction),
+        "overlay": draw_segmentation_masks(item["image"], masks, alpha=0.5, colors=colours),
+    }
+    for kind, pixels in pictures.items():
+        path = Path(folder, kind, f"{item['name']}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         TF.to_pil_image(pixels).save(path)
+
+
+class Submission:
+    """A zip for a test server, written as FILE.tmp, checked, and then named FILE.
+
+    Dark Zurich: labelTrainIds/, labelTrainIds_invalid/ (the same) and confidence/ (16 bit, 65535 times the largest
+    softmax) at its top, names beginning with SEQ_frame_NNNNNN. Cityscapes: labelIds, one PNG an image."""
+
+    def __init__(self, path, layout, found):
+        self.path, self.layout, self.found = Path(path), layout, found
+        self.aside = Path(f"{path}.tmp")
+        self.zip = zipfile.ZipFile(self.aside, "w")
+
+    def entries(self, name):
+        if self.layout == "cityscapes":
+            return {f"{name}.png": "labelIds"}
+        kinds = ("labelTrainIds", "labelTrainIds_invalid", "confidence")
+        return {f"{kind}/{name.removesuffix('_rgb_anon')}.png": kind for kind in kinds}
+
+    def add(self, item, prediction, confidence):
+        pixels = {
+            "confidence": (confidence.cpu().double() * 65535).round().to(torch.uint16).view(torch.int16)
+        }
+        pixels["labelIds"] = LABEL_IDS[prediction.cpu()]
+        pixels["labelTrainIds"] = pixels["labelTrainIds_invalid"] = prediction.cpu().to(torch.uint8)
+        for entry, kind in self.entries(item["name"]).items():
+            file = io.BytesIO()
+            TF.to_pil_image(pixels[kind]).save(file, format="PNG")
+            self.zip.writestr(entry, file.getvalue())
+
+    def close(self):
+        """Open the zip again and check that every image has its entries. Raises ValueError in one line."""
+        self.zip.close()
+        with zipfile.ZipFile(self.aside) as packed:
+            names, wanted = packed.namelist(), {}
+            for sample in self.found:
+                wanted |= self.entries(Path(sample.image).stem)
+            if sorted(names) != sorted(wanted):
+                raise ValueError(f"{self.path}: {sorted({*names} ^ {*wanted})[:3]} missing or too many")
+            for entry, kind in wanted.items():
+                with Image.open(io.BytesIO(packed.read(entry))) as image:
+                    mode = "I;16" if kind == "confidence" else "L"
+                    allowed = LABEL_IDS.tolist() if kind == "labelIds" else range(len(LABEL_IDS))
+                    if (image.mode, image.size) != (mode, SIZES[self.layout]) or (
+                        mode == "L" and any(value not in allowed for _, value in image.getcolors())
+                    ):
+                        raise ValueError(
+                            f"{self.path}: {entry} is {image.mode} {image.size}, or holds unknown values"
+                        )
+        self.aside.replace(self.path)
+        print(f"{self.path}: {len(wanted)} entries for {len(self.found)} images, checked")
+
+
+def export(model, path):
+    """Write the network with torch.export, batch, height and width dynamic: torch.export.load(path).module() maps
+    float RGB images (B, 3, H, W) in [0, 1] to (features, logits) without any file of ours."""
+    dims = {
+        0: torch.export.Dim("batch", min=1),
+        2: torch.export.Dim("height", min=32),
+        3: torch.export.Dim("width", min=32),
+    }
+    device = model.mean.device
+    program = torch.export.export(
+        model, (torch.rand(2, 3, 64, 96, device=device),), dynamic_shapes={"images": dims}
+    )
+    torch.export.save(program, path)
+    print(f"{path}: exported")
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -155,47 +341,106 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=summary, epilog=examples, formatter_class=Help)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
     add = parser.add_argument
-    add("--checkpoint", metavar="FILE", required=True, help="last.pt or best.pt of train.py")
-    data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--darkzurich", metavar="DIR", help="score on its labelled nights")
-    data.add_argument("--cityscapes", metavar="DIR", help="score on its labelled days")
-    add("--split", default="val", help="split to score")
-    add("--model", choices=("night", "day"), default="night", help="M_n or M_d")
-    add("--json", metavar="FILE", help="write the scores, the confusion matrix and the run's arguments")
-    add("--out", metavar="DIR", help="write DIR/labelTrainIds/NAME.png and DIR/color/NAME.png")
     add(
-        "--device",
-        default=best_device(),
-        help="cuda, mps or cpu; the default is the best there is",
+        "--checkpoint",
+        metavar="FILE",
+        required=True,
+        help="last.pt or best.pt of train.py, or a public state dict",
     )
+    data = parser.add_mutually_exclusive_group()
+    for layout in datasets.LAYOUTS:
+        data.add_argument(f"--{layout}", metavar="DIR", help="predict and score its --split")
+    data.add_argument("--images", nargs="+", metavar="PATH", help="predict pictures and folders of pictures")
+    add("--split", help="of the data set; None: val, for nighttime-driving test")
+    add(
+        "--labels",
+        choices=tuple(datasets.TABLES),
+        default="labelTrainIds",
+        help="read where both kinds are there",
+    )
+    add("--model", choices=("night", "day"), default="night", help="M_n or M_d")
+    add(
+        "--input-format",
+        choices=tuple(models.INPUT_FORMATS),
+        default="imagenet",
+        help="of a public state dict",
+    )
+    add("--flip", action="store_true", help="average with the mirrored image")
+    add("--scales", type=float, nargs="+", default=[1.0], help="average over resized images")
+    add("--window", type=int, nargs=2, metavar=("H", "W"), help="predict in overlapping windows")
+    add("--uiou", action="store_true", help="UIoU and AUIoU too, where there are gt_invIds")
+    add("--json", metavar="FILE", help="write scores, confusion matrix and descriptions")
+    add("--out", metavar="DIR", help="write labelTrainIds/, labelIds/, color/ and overlay/, NAME.png each")
+    add("--submit", metavar="FILE", help="write the zip for the test server of Dark Zurich or Cityscapes")
+    add("--export", metavar="FILE", help="write the network with torch.export")
+    add("--device", default=best_device(), help="cuda, mps or cpu; the default is the best there is")
     add("--workers", type=int, default=1, help="decoding processes")
     args = parser.parse_args(argv)
-    if problem := device_problem(args.device):
+    if problem := contradiction(args):
         parser.error(problem)
     return args
 
 
+def chosen(args):
+    """(layout, root) of the data set that was named, or (None, None)."""
+    named = {layout: getattr(args, layout.replace("-", "_")) for layout in datasets.LAYOUTS}
+    return next(((layout, root) for layout, root in named.items() if root), (None, None))
+
+
+def contradiction(args):
+    """What is wrong with the arguments, as one line, or None."""
+    layout, _ = chosen(args)
+    if not layout and not args.images and not args.export:
+        return (
+            "one of --darkzurich, --cityscapes, --acdc, --nighttime-driving, --images or --export is needed"
+        )
+    if args.images and not args.out:
+        return "--images has nothing to score: give --out DIR for the predictions"
+    if args.submit and layout not in SIZES:
+        return "--submit is for the test servers of Dark Zurich and Cityscapes; elsewhere --out writes the folders"
+    if min(args.scales) <= 0 or args.workers < 0 or (args.window and min(args.window) < 32):
+        return "--scales must be positive, --workers not negative, --window at least 32 x 32"
+    return device_problem(args.device)
+
+
 def run(args):
-    if args.darkzurich:
-        samples = datasets.darkzurich(args.darkzurich, args.split)
-    else:
-        samples = datasets.cityscapes(args.cityscapes, args.split)
-    model, checkpoint = load_model(args.checkpoint, args.model, args.device)
-    print(
-        f"{len(samples)} labelled images of {args.darkzurich or args.cityscapes}, split {args.split}",
-        flush=True,
-    )
+    layout, root = chosen(args)
+    found, where = [], f"{layout} {root}"
+    if layout:
+        split = args.split or ("test" if layout == "nighttime-driving" else "val")
+        found = datasets.samples(layout, root, split, args.labels)
+        print(f"{layout} {split}: {datasets.describe(found, root)}", flush=True)
+    elif args.images:
+        found = datasets.pictures(args.images)
+        print(f"{len(found)} pictures", flush=True)
+    if layout and not found[0].label and not (args.out or args.submit):
+        raise ValueError(
+            f"{where}: no labels to score against; give --out DIR or --submit FILE for the predictions"
+        )
+    if args.uiou and not all(sample.invalid for sample in found):
+        raise ValueError(f"{where}: --uiou needs a gt_invIds.png beside every label")
+    model, description = load_model(args.checkpoint, args.model, args.device, args.input_format)
+    if args.export:
+        export(model, args.export)
+    if not found:
+        return
+    submission = Submission(args.submit, layout, found) if args.submit else None
 
-    def write(item, prediction):
+    def write(item, prediction, confidence):
         if args.out:
-            write_prediction(args.out, item["name"], prediction)
+            write_prediction(args.out, item, prediction)
+        if submission:
+            submission.add(item, prediction, confidence)
 
-    result = evaluate(model, samples, args.device, args.workers, write)
-    result |= {"images": len(samples), "args": vars(args), "checkpoint": checkpoint["args"]}
-    print(table(result))
+    views = {"scales": args.scales, "flip": args.flip, "window": args.window}
+    result = evaluate(model, found, args.device, args.workers, write, args.uiou, **views)
+    if result:
+        print(table(result))
+    if submission:
+        submission.close()
     if args.json:
+        result |= {"images": len(found), "args": vars(args), "checkpoint": description}
         Path(args.json).write_text(json.dumps(result, indent=1))
-    return result
 
 
 def main(argv=None):

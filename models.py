@@ -13,8 +13,14 @@ from torch import nn
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
+HEADS = ("aspp", "deeplabv2")
 ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}  # DeepLab v3 (Chen et al., 2017), by output stride
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB
+V2_RATES = (6, 12, 18, 24)  # DeepLab v2 (Chen et al., 2016)
+# Channel order, scale, mean and std: of torchvision, DANNet and most others; of the Caffe models and AdaptSegNet.
+INPUT_FORMATS = {
+    "imagenet": ((0, 1, 2), 1, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "caffe": ((2, 1, 0), 255, (104.00698793, 116.66876762, 122.67891434), (1, 1, 1)),
+}
 
 
 def dilate(layers):
@@ -41,50 +47,83 @@ class PooledNorm(nn.BatchNorm2d):
         return super().forward(x)
 
 
-class DeepLab(nn.Module):
-    """DeepLab v3 (Chen et al., 2017): a dilated ResNet under atrous spatial pyramid pooling.
+def as_deeplab_v2(resnet):
+    """Turn a Bottleneck ResNet, in place, into the one of the public DeepLab v2 files: stride in the first
+    convolution of a block, ceil-mode pooling, and every block of layer3 and layer4 dilated alike, the first too."""
+    resnet.maxpool.ceil_mode = True
+    resnet.layer2[0].conv1.stride, resnet.layer2[0].conv2.stride = (2, 2), (1, 1)
+    for layer, dilation in ((resnet.layer3, 2), (resnet.layer4, 4)):
+        dilate([layer])
+        for block in layer:
+            block.conv2.dilation = block.conv2.padding = (dilation, dilation)
 
-    backbone: one of BACKBONES; output_stride: 8 or 16; head: "aspp"; weights: "none", "imagenet" (torchvision's
-    IMAGENET1K_V1, downloaded on first use) or the path of a state dict (see `load_weights`).
-    Parameter names are those of torchvision's `deeplabv3_resnet*`. Raises ValueError on unknown choices.
+
+class DeepLab(nn.Module):
+    """A dilated ResNet under atrous spatial pyramid pooling, out of torchvision's parts and with its key names.
+
+    backbone: one of BACKBONES. output_stride: 8 or 16. head: "aspp" (DeepLab v3, torchvision's `deeplabv3_*`), or
+    "deeplabv2" (a sum of dilated classifiers on layer4, as AdaptSegNet and DANNet have it; resnet50 or resnet101,
+    output stride 8). weights: "none", "imagenet" (torchvision's IMAGENET1K_V1, downloaded on first use) or the
+    path of a state dict (see `load_weights`). input_format: what the weights expect, "imagenet" or "caffe" (BGR
+    0-255 minus a mean, AdaptSegNet's); images are RGB in [0, 1] all the same. branches: how many of the dilated
+    classifiers are summed (a multi-level v2 file sets it to 2). Raises ValueError on what it does not know.
     """
 
-    def __init__(self, backbone="resnet18", num_classes=19, output_stride=16, head="aspp", weights="none"):
+    def __init__(self, backbone="resnet18", num_classes=19, output_stride=16, head="aspp", weights="none",
+                 input_format="imagenet", branches=4):  # fmt: skip
         super().__init__()
         for name, value, known in (
             ("backbone", backbone, BACKBONES),
             ("output_stride", output_stride, tuple(ATROUS_RATES)),
-            ("head", head, ("aspp",)),
+            ("head", head, HEADS),
+            ("input_format", input_format, tuple(INPUT_FORMATS)),
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        if head == "deeplabv2" and (output_stride != 8 or backbone not in ("resnet50", "resnet101")):
+            raise ValueError(
+                f"head deeplabv2 needs resnet50 or resnet101 at output_stride 8, not {backbone} at {output_stride}"
+            )
+        # What a checkpoint needs in order to build this model again.
+        self.architecture = {"backbone": backbone, "num_classes": num_classes, "output_stride": output_stride}
+        self.architecture |= {"head": head, "input_format": input_format, "branches": branches}
         resnet = getattr(torchvision.models, backbone)(weights=None)
-        dilate([resnet.layer4] if output_stride == 16 else [resnet.layer3, resnet.layer4])
         channels = resnet.fc.in_features
-        self.backbone = nn.Sequential(
-            OrderedDict(list(resnet.named_children())[:-2])
-        )  # without avgpool and fc
-        # A plain Sequential with torchvision's key names: ASPP, 3 x 3 convolution, norm, ReLU, classifier.
-        self.classifier = nn.Sequential(*DeepLabHead(channels, num_classes, ATROUS_RATES[output_stride]))
-        self.classifier[0].convs[-1][2] = PooledNorm(256)
-        self.feature_channels = 256
+        if head == "deeplabv2":
+            as_deeplab_v2(resnet)
+            self.feature_channels = channels
+            convs = (nn.Conv2d(channels, num_classes, 3, padding=r, dilation=r) for r in V2_RATES[:branches])
+            self.classifier = nn.ModuleList(convs)
+        else:
+            dilate([resnet.layer4] if output_stride == 16 else [resnet.layer3, resnet.layer4])
+            self.feature_channels = 256
+            # A plain Sequential: ASPP, 3 x 3 convolution, norm, ReLU, classifier.
+            self.classifier = nn.Sequential(*DeepLabHead(channels, num_classes, ATROUS_RATES[output_stride]))
+            self.classifier[0].convs[-1][2] = PooledNorm(256)
+        # All but avgpool and fc.
+        self.backbone = nn.Sequential(OrderedDict(list(resnet.named_children())[:-2]))
+        self.channel_order, self.scale, mean, std = INPUT_FORMATS[input_format]
         # Not in the state dict: torchvision's files do not have them.
-        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
-        load_weights(self, backbone, weights)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        load_weights(self, weights)
 
     def forward(self, images, upsample=True):
         """images: (B, 3, H, W) float RGB in [0, 1], H and W at least 32; normalised here.
 
-        Returns features F (B, 256, h, w), what the classifier sees, and logits (B, num_classes, H, W), or
-        (B, num_classes, h, w) with upsample=False; h = ceil(H / output_stride). Raises ValueError on other shapes.
+        Returns features F (B, feature_channels, h, w), what the classifier sees, and logits (B, num_classes, H,
+        W), or (B, num_classes, h, w) with upsample=False; h is about H / output_stride. Raises ValueError on
+        other shapes.
         """
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 32:
             raise ValueError(f"expected images (B, 3, H, W), H and W at least 32, got {tuple(images.shape)}")
-        features = self.backbone((images - self.mean) / self.std)
-        for layer in self.classifier[:-1]:
-            features = layer(features)
-        logits = self.classifier[-1](features)
+        features = self.backbone((images[:, self.channel_order] * self.scale - self.mean) / self.std)
+        if self.architecture["head"] == "deeplabv2":
+            logits = sum(conv(features) for conv in self.classifier)
+        else:
+            for layer in self.classifier[:-1]:
+                features = layer(features)
+            logits = self.classifier[-1](features)
         if upsample:
             logits = F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=False)
         return features, logits
@@ -119,43 +158,91 @@ def read_state(path):
         ) from None
 
 
-def load_weights(model, backbone, weights):
+def torchvision_keys(state):
+    """The public files' keys in the words of this model, which are torchvision's: `backbone.*`, `classifier.*`.
+
+    DeepLab v2 files have layer6 (fed by layer4), beside an unused layer5, or layer5 alone (single-level).
+    """
+    state = {key.removeprefix("module.").removeprefix("Scale."): value for key, value in state.items()}
+    if any(key.startswith("night.") for key in state):  # train.py's own
+        state = {key.removeprefix("night."): v for key, v in state.items() if key.startswith("night.")}
+    state = {key: v for key, v in state.items() if not key.startswith(("aux_classifier.", "fc."))}
+    if "conv1.weight" not in state:
+        return state
+    multi_level = any(key.startswith("layer6.") for key in state)
+    head = "layer6." if multi_level else "layer5."
+    used = (
+        ("0.", "1.") if multi_level else ("0.", "1.", "2.", "3.")
+    )  # the published code returns inside its loop
+    converted = {}
+    for key, value in state.items():
+        branch = key.removeprefix(f"{head}conv2d_list.")
+        if branch != key:
+            converted |= {f"classifier.{branch}": value} if branch.startswith(used) else {}
+        elif not key.startswith("layer5."):
+            converted[f"backbone.{key}"] = value
+    return converted
+
+
+def read_weights(path):
+    """The state dict in a file, in torchvision's words. Raises ValueError in one line."""
+    state = read_state(path)
+    state = state.get("model", state.get("state_dict", state)) if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not state or not all(torch.is_tensor(v) for v in state.values()):
+        raise ValueError(f"{path}: holds no state dict (names and tensors)")
+    return torchvision_keys(state)
+
+
+def load_weights(model, weights, strict=False):
     """Initialise a DeepLab from "none", "imagenet" or the path of a state dict.
 
-    A path may hold a DeepLab or torchvision segmentation state dict, an ImageNet ResNet's (the head then starts
-    from scratch) or a checkpoint of train.py (its M_n). A classifier for another number of classes is left out
-    with one printed line. Anything else that does not fit raises ValueError naming the keys.
+    A path may hold a DeepLab or torchvision segmentation state dict, a DeepLab v2 of AdaptSegNet or DANNet, an
+    ImageNet ResNet's (the head then starts from scratch) or a checkpoint of train.py (its M_n). A classifier for
+    another number of classes is left out with one printed line, unless `strict`, which also wants a head. Anything
+    else that does not fit raises ValueError naming the keys.
     """
     if weights == "none":
         return
     if weights == "imagenet":
-        state = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.get_state_dict(progress=True)
+        name = model.architecture["backbone"]
+        state = torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict(progress=True)
+        state = torchvision_keys(state)
     else:
-        state = read_state(weights)
-        state = state.get("model", state.get("state_dict", state)) if isinstance(state, dict) else None
-        if not isinstance(state, dict) or not state or not all(torch.is_tensor(v) for v in state.values()):
-            raise ValueError(f"{weights}: holds no state dict (names and tensors)")
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    if any(key.startswith("night.") for key in state):
-        state = {
-            key.removeprefix("night."): value for key, value in state.items() if key.startswith("night.")
-        }
-    state = {key: value for key, value in state.items() if not key.startswith(("aux_classifier.", "fc."))}
-    if "conv1.weight" in state:
-        state = {f"backbone.{key}": value for key, value in state.items()}
-    wanted, head = model.state_dict(), any(key.startswith("classifier.") for key in state)
-    last = f"classifier.{len(model.classifier) - 1}."
-    if f"{last}weight" in state and len(state[f"{last}weight"]) != len(wanted[f"{last}weight"]):
-        classes = len(state[f"{last}weight"]), len(wanted[f"{last}weight"])
-        print(f"{weights}: classifier for {classes[0]} classes left out, {classes[1]} are wanted", flush=True)
+        state = read_weights(weights)
+    branches = sum(key.startswith("classifier.") and key.endswith(".weight") for key in state)
+    if model.architecture["head"] == "deeplabv2" and 0 < branches < len(model.classifier):
+        del model.classifier[branches:]
+        model.architecture["branches"] = branches
+    wanted, head = model.state_dict(), branches > 0
+    is_v2 = model.architecture["head"] == "deeplabv2"
+    last = "classifier." if is_v2 else f"classifier.{len(model.classifier) - 1}."
+    one = "classifier.0.weight" if is_v2 else f"{last}weight"
+    if one in state and one in wanted and len(state[one]) != len(wanted[one]) and not strict:
+        found, want = len(state[one]), len(wanted[one])
+        print(f"{weights}: classifier for {found} classes left out, {want} are wanted", flush=True)
         state = {key: value for key, value in state.items() if not key.startswith(last)}
         wanted = {key: value for key, value in wanted.items() if not key.startswith(last)}
-    missing = [k for k in wanted if k not in state and (head or k.startswith("backbone."))]
+    missing = [k for k in wanted if k not in state and (head or strict or k.startswith("backbone."))]
     missing = [k for k in missing if not k.endswith("num_batches_tracked")]  # files of before torch 0.4.1
     unknown = [k for k in state if k not in wanted]
     shapes = [k for k in state if k in wanted and state[k].shape != wanted[k].shape]
-    for what, keys in (("lacks", missing), ("has the unknown", unknown), ("has other shapes for", shapes)):
+    for what, keys in (("has the unknown", unknown), ("lacks", missing), ("has other shapes for", shapes)):
         if keys:
             more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
-            raise ValueError(f"{weights}: does not fit {backbone}: {what} {', '.join(keys[:4])}{more}")
+            name = f"{model.architecture['backbone']} with head {model.architecture['head']}"
+            raise ValueError(f"{weights}: does not fit {name}: {what} {', '.join(keys[:4])}{more}")
     model.load_state_dict(state, strict=False)
+
+
+def architecture_of(state):
+    """Backbone, head and classes of a public segmentation state dict (`read_weights`), all at output stride 8.
+    Raises ValueError if it has no head."""
+    layer3 = len({key.split(".")[2] for key in state if key.startswith("backbone.layer3.")})
+    bottleneck = "backbone.layer3.0.conv3.weight" in state
+    name = {(2, False): "resnet18", (6, False): "resnet34", (6, True): "resnet50", (23, True): "resnet101"}
+    heads = [key for key in ("classifier.4.weight", "classifier.0.weight") if key in state]
+    if (layer3, bottleneck) not in name or not heads:
+        raise ValueError("neither a DeepLab v3 nor a DeepLab v2 state dict with its classifier")
+    head = "aspp" if heads[0] == "classifier.4.weight" else "deeplabv2"
+    known = {"backbone": name[layer3, bottleneck], "num_classes": len(state[heads[0]])}
+    return known | {"output_stride": 8, "head": head}

@@ -1,15 +1,22 @@
 """pytest. The slow formulas live here, the fast ones in the library; data is written to temporary folders."""
 
 import csv
+import io
 import itertools
 import json
 import math
 import os
 import random
+import re
+import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import time
+import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -525,9 +532,9 @@ def test_readers_follow_symbolic_links(city, tmp_path):
         city / "cityscapes/leftImg8bit/train/demo"
     )
     (tmp_path / "night").symlink_to(city / "darkzurich")
-    assert len(datasets.cityscapes(tmp_path / "links")) == 6
-    assert len(datasets.darkzurich(tmp_path / "night")) == 3
-    days, nights = datasets.darkzurich_targets(tmp_path / "night")
+    assert len(datasets.samples("cityscapes", tmp_path / "links", "train")) == 6
+    assert len(datasets.samples("darkzurich", tmp_path / "night")) == 3
+    days, nights = datasets.targets("darkzurich", tmp_path / "night")
     assert len(days) == len(nights) == 6
     assert [p.name.split("_")[-3] for p in days] == [p.name.split("_")[-3] for p in nights]
 
@@ -540,11 +547,11 @@ def test_pair_lists(tree):
         "  ",
     ]
     table.write_bytes(("\ufeff" + " \r\n".join(lines)).encode())  # BOM, CRLF, spaces, empty lines
-    days, nights = datasets.darkzurich_targets(tree / "darkzurich", table)
+    days, nights = datasets.targets("darkzurich", tree / "darkzurich", table)
     assert [p.name for p in days + nights] == [
         f"DEMO_{x}_rgb_anon.png" for x in ("day_frame_000004", "night_frame_000002")
     ]
-    days, nights = datasets.darkzurich_targets(tree / "darkzurich", "none")
+    days, nights = datasets.targets("darkzurich", tree / "darkzurich", "none")
     assert len(days) == len(nights) == 6
     for text, message in (
         ("a,b,c", "line 1 is not NIGHT,DAY"),
@@ -555,7 +562,7 @@ def test_pair_lists(tree):
     ):
         table.write_text(text)
         with pytest.raises(datasets.DataError, match=message):
-            datasets.darkzurich_targets(tree / "darkzurich", table)
+            datasets.targets("darkzurich", tree / "darkzurich", table)
 
 
 def test_a_crop_cuts_image_and_label_alike(tmp_path):
@@ -573,9 +580,9 @@ def test_a_crop_cuts_image_and_label_alike(tmp_path):
 
 
 def stream_of(city, **options):
-    source = datasets.cityscapes(city / "cityscapes")
-    days, nights = datasets.darkzurich_targets(
-        city / "darkzurich", "corresp" if options.get("paired", True) else "none"
+    source = datasets.samples("cityscapes", city / "cityscapes", "train")
+    days, nights = datasets.targets(
+        "darkzurich", city / "darkzurich", "corresp" if options.get("paired", True) else "none"
     )
     return datasets.FourDomains(source, days, nights, (64, 96), length=12, **options)
 
@@ -586,7 +593,7 @@ def test_pairs_are_cut_alike_and_unpaired_targets_are_not(city, monkeypatch):
     monkeypatch.setattr(datasets, "random_crop", lambda *a: cuts.append(a[0]) or real(*a))
     item = stream_of(city)[0]
     assert len(cuts) == 2  # source; the pair
-    assert set(item) == {"source_day", "source_label", "target_day", "target_night"}
+    assert set(item) == {"source_day", "source_label", "target_day", "target_night", "broken"}
     stream_of(city, paired=False)[0]
     assert len(cuts) == 5  # source; night; day
 
@@ -598,14 +605,15 @@ def test_an_item_depends_on_the_seed_and_its_number_alone(city):
         stream_of(city, seed=1, jitter=0.3),
     )
     forward, backward = [one[k] for k in range(12)], [two[k] for k in reversed(range(12))][::-1]
-    assert all(torch.equal(a[name], b[name]) for a, b in zip(forward, backward, strict=True) for name in a)
+    for a, b in zip(forward, backward, strict=True):
+        assert_same(a, b)
     assert any(not torch.equal(a["source_day"], other[k]["source_day"]) for k, a in enumerate(forward))
     assert sorted(datasets._order(6, "any")) == list(range(6))  # every pass takes all
 
 
 def test_a_folder_of_synthetic_nights_replaces_the_style(tree):
     shutil.copytree(tree / "cityscapes/leftImg8bit", tree / "gan/leftImg8bit")
-    source = datasets.cityscapes(tree / "cityscapes")
+    source = datasets.samples("cityscapes", tree / "cityscapes", "train")
     for root in (tree / "gan", tree / "gan/leftImg8bit"):
         nights = datasets.synthetic_nights(root, source)
         stream = datasets.FourDomains(source, [], [], (64, 96), synthetic=nights, length=1)
@@ -625,7 +633,7 @@ def test_the_demo_city_is_the_same_every_time_and_hard(city, tmp_path):
     )
     assert night < day / 2
     classes = set()
-    for _, label in datasets.cityscapes(city / "cityscapes"):
+    for _, label, _ in datasets.samples("cityscapes", city / "cityscapes", "train"):
         classes |= {v for v, n in enumerate(datasets.open_label(label).histogram()) if n}
     assert len(classes - {255}) >= 9
 
@@ -640,7 +648,7 @@ def test_scores_are_counted_pixel_by_pixel():
     for a, b in zip(label.flatten().tolist(), prediction.flatten().tolist(), strict=True):
         if a != 255:
             counted[a][b] += 1
-    result = evaluate.scores(evaluate.confusion(label.byte(), prediction, 19))
+    result = evaluate.scores(evaluate.count(label.byte(), prediction, 19))
     assert result["confusion_matrix"] == counted
     iou = {}
     for c, name in enumerate(datasets.NAMES):
@@ -968,3 +976,740 @@ def test_the_demo_compares_day_only_with_the_method(tmp_path, capsys, monkeypatc
     assert Image.open(tmp_path / "demo/comparison.png").width == 4 * 258 + 2
     assert train.main(command) == 0  # again: nothing is trained twice
     assert "step 2/2" not in capsys.readouterr().out
+
+
+# ---- broken files, killed runs, long runs ------------------------------------------------------------------------
+
+FULL = bool(os.environ.get("CCDISTILL_FULL"))  # the long counts: 25 kills, 2,000 steps
+
+
+@pytest.fixture(scope="session")
+def small_city(tmp_path_factory):
+    """One file of each kind, so that whatever is damaged is met."""
+    root = tmp_path_factory.mktemp("small")
+    datasets.make_demo_city(root, train=1, val=1)
+    return root
+
+
+def rewrite(change):
+    return lambda path: path.write_bytes(change(path.read_bytes()))
+
+
+def redraw(change, **options):
+    """Decode, change the picture, write it back (as PNG if nothing else is said)."""
+
+    def apply(path):
+        with Image.open(path) as image:
+            image.load()
+        change(image).save(path, **{"format": "PNG"} | options)
+
+    return apply
+
+
+def replaced(make):
+    def apply(path):
+        path.unlink()
+        make(path)
+
+    return apply
+
+
+def png_of_size(width, height):
+    header = struct.pack(">4sIIBBBBB", b"IHDR", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+
+
+def flip_byte(where):
+    def change(data):
+        at = int(len(data) * where)
+        return data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
+
+    return rewrite(change)
+
+
+EVERY_FILE = {
+    "cut in half": rewrite(lambda data: data[: len(data) // 2]),
+    "cut by 40 bytes": rewrite(lambda data: data[:-40]),
+    "empty": rewrite(lambda data: b""),
+    "zero bytes": rewrite(lambda data: bytes(len(data))),
+    "text": rewrite(lambda data: b"<html>404</html>"),
+    "a flipped byte in the header": flip_byte(0.001),
+    "a flipped byte in the pixels": flip_byte(0.5),
+    "16 bits": redraw(lambda image: Image.new("I;16", image.size)),
+    "CMYK": redraw(lambda image: image.convert("CMYK"), format="JPEG"),
+    "a pixel narrower": redraw(lambda image: image.resize((image.width - 1, image.height))),
+    "a bomb": rewrite(lambda data: png_of_size(60000, 60000)),
+    "a large bomb": rewrite(lambda data: png_of_size(12000, 12000)),
+    "missing": Path.unlink,
+    "a folder": replaced(Path.mkdir),
+    "a dangling link": replaced(lambda path: path.symlink_to("nowhere")),
+    "a link to itself": replaced(lambda path: path.symlink_to(path.name)),
+}
+IMAGES_ONLY = {
+    "palette": redraw(lambda image: image.quantize(64)),
+    "alpha": redraw(lambda image: image.convert("RGBA")),
+    "grey": redraw(lambda image: image.convert("L")),
+    "one bit": redraw(lambda image: image.convert("1")),
+    "a JPEG": redraw(lambda image: image, format="JPEG"),
+}
+LABELS_ONLY = {
+    "palette": redraw(lambda image: image.convert("P")),
+    "alpha": redraw(lambda image: image.convert("LA")),
+    "colour": redraw(lambda image: image.convert("RGB")),
+    "one bit": redraw(lambda image: image.convert("1")),
+    "a value of 99": redraw(lambda image: Image.new("L", image.size, 99)),
+}
+PAIR = "train/night/DEMO_night/DEMO_night_frame_000000", "train/day/DEMO_day/DEMO_day_frame_000000"
+CSVS = {
+    "empty": b"",
+    "blank": b"\n \n\r\n",
+    "binary": bytes(range(128, 256)),
+    "one column": PAIR[0].encode(),
+    "three columns": ",".join((*PAIR, "x")).encode(),
+    "semicolons": ";".join(PAIR).encode(),
+    "absolute": f"/etc/passwd,{PAIR[1]}".encode(),
+    "dots": f"{PAIR[0]},train/../../../x".encode(),
+    "no such frame": f"{PAIR[0]},train/day/x".encode(),
+    "a NUL": f"{PAIR[0]}\0,{PAIR[1]}".encode(),
+    "BOM": b"\xef\xbb\xbf" + ",".join(PAIR).encode(),
+    "CRLF": (",".join(PAIR) + "\r\n").encode(),
+    "spaces": f"  {PAIR[0]} , {PAIR[1]}  \n\n".encode(),
+    "quotes": f'"{PAIR[0]}","{PAIR[1]}"'.encode(),
+    "endings": f"{PAIR[0]}_rgb_anon.png,{PAIR[1]}_rgb_anon.png".encode(),
+}
+WORKS = {"palette", "grey", "a JPEG", "BOM", "CRLF", "spaces", "quotes", "endings"}  # as it should
+IMAGE_FILES = {"S_d": IMAGE, "T_d": DAY, "T_n": NIGHT, "val": "DEMO_val_frame_000000_rgb_anon.png"}
+LABEL_FILES = {"label": LABEL, "val label": VAL_LABEL}
+DAMAGES = [
+    (f, how, file, act) for f, file in IMAGE_FILES.items() for how, act in (EVERY_FILE | IMAGES_ONLY).items()
+]
+DAMAGES += [
+    (f, how, file, act) for f, file in LABEL_FILES.items() for how, act in (EVERY_FILE | LABELS_ONLY).items()
+]
+DAMAGES += [("csv", how, "*_ref_day.csv", rewrite(lambda _, data=data: data)) for how, data in CSVS.items()]
+DAMAGES += [
+    ("label", "the image itself", LABEL, lambda path: shutil.copy(first(path.parents[4], IMAGE), path))
+]
+DAMAGES += [("S_d", "its label", IMAGE, lambda path: shutil.copy(first(path.parents[4], LABEL), path))]
+WORKS_HERE = {("S_d", "alpha"), ("T_d", "alpha"), ("T_n", "alpha"), ("val", "alpha"), ("S_d", "its label")}
+
+
+@pytest.mark.parametrize("file, how, name, act", DAMAGES, ids=[f"{f}: {how}" for f, how, *_ in DAMAGES])
+def test_every_damage_is_told_in_one_line_or_works(
+    small_city, tmp_path, capfd, monkeypatch, file, how, name, act
+):
+    shutil.copytree(small_city, tmp_path / "city")
+    act(first(tmp_path / "city", name))
+    monkeypatch.setattr(train, "save", lambda *_: None)  # 200 MB a time
+    tiny = ["--crop", "32", "32", "--steps", "1", "--batch-size", "1"]
+    status = train.main([*arguments(tmp_path / "city", tmp_path / "run"), *tiny])
+    errors = capfd.readouterr().err
+    if how in WORKS or (file, how) in WORKS_HERE:
+        assert status == 0, errors
+    else:
+        assert status == 2 and errors.count("\n") == 1 and errors.startswith("train.py: error: "), errors
+        stem = name.strip("*").removesuffix("_leftImg8bit.png").removesuffix("_gtFine_labelIds.png")
+        where = (stem.removesuffix("_gt_labelTrainIds.png"), "DEMO_val", "train/day", "no file", "line 1")
+        assert any(part in errors for part in where), errors
+
+
+def test_unreadable_permissions(tree, tmp_path, capsys):
+    if os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    first(tree, IMAGE).chmod(0)
+    assert train.main(arguments(tree, tmp_path / "run", "--steps", 1)) == 2
+    assert "Permission denied" in capsys.readouterr().err
+
+
+def test_odd_names_work(tree, tmp_path):
+    for kind in ("leftImg8bit", "gtFine"):
+        folder = tree / "cityscapes" / kind / "train"
+        (folder / "demo").rename(folder / "Zürich, alt 1")
+    (tree / "cityscapes/leftImg8bit/train/Zürich, alt 1/notes.txt").write_text("not data")
+    assert len(datasets.samples("cityscapes", tree / "cityscapes", "train")) == 6
+
+
+def test_a_loop_of_links_ends(tree):
+    (tree / "darkzurich/corresp/train/night/again").symlink_to(tree / "darkzurich/corresp")
+    (tree / "darkzurich/corresp/train/night/once more").symlink_to(tree / "darkzurich/corresp/train")
+    assert len(datasets.targets("darkzurich", tree / "darkzurich")[0]) == 6
+
+
+def test_skip_broken_leaves_files_out_and_counts_them(tree, tmp_path, capsys):
+    damage(first(tree, IMAGE), "truncate")
+    more = ["--steps", 8, "--eval-every", 100, "--save-every", 100]
+    assert train.main(arguments(tree, tmp_path / "no", *more, "--skip-broken", 1)) == 2
+    captured = capsys.readouterr()
+    assert "demo_000000" in captured.err and "--skip-broken 2 would" in captured.err
+    saved = state_of(tmp_path / "no/last.pt")  # what was reached is kept
+    assert saved["step"] == len(log_of(tmp_path / "no")) > 0 and saved["skipped"] == 1
+    # the same run goes on once it is allowed to, and ends where one that was allowed from the start does
+    assert train.main(arguments(tree, tmp_path / "no", *more, "--skip-broken", 100, "--resume")) == 0
+    assert train.main(arguments(tree, tmp_path / "yes", *more, "--skip-broken", 100)) == 0
+    assert "left out (1 of 100): " in capsys.readouterr().out
+    assert (
+        log_of(tmp_path / "no") == log_of(tmp_path / "yes")
+        and int(log_of(tmp_path / "no")[-1]["skipped"]) >= 2
+    )
+    assert_same(state_of(tmp_path / "no/last.pt")["model"], state_of(tmp_path / "yes/last.pt")["model"])
+
+
+def command(city, out, *more):
+    return [sys.executable, "-u", str(HERE / "train.py"), *arguments(city, out, *more)]
+
+
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bits(small_city, tmp_path):
+    kills, steps = (25, 60) if FULL else (3, 8)
+    more = ["--crop", 32, 32, "--batch-size", 1, "--steps", steps, "--save-every", 1, "--eval-every", 4]
+    more += ["--night-weights", "norm", "--workers", 1, "--log-every", 1]
+    subprocess.run(
+        command(small_city, tmp_path / "whole", *more), check=True, env=ONE_THREAD, capture_output=True
+    )
+    rng, out, killed, saving = random.Random(0), tmp_path / "killed", 0, 0
+    while True:
+        goes_on = ["--resume"] if (out / "last.pt").exists() else []
+        run = subprocess.Popen(
+            command(small_city, out, *more, *goes_on), env=ONE_THREAD, stdout=subprocess.PIPE, text=True
+        )
+        if killed == kills:
+            assert "step" in run.communicate()[0] and run.returncode == 0
+            break
+        for line in run.stdout:
+            if line.startswith("step"):
+                break  # the first step after the start is done and being saved
+        time.sleep(rng.uniform(0, 1.5))
+        saving += Path(f"{out / 'last.pt'}.tmp").exists()
+        run.kill()
+        run.communicate()
+        killed += run.returncode == -signal.SIGKILL
+        if (out / "last.pt").exists():
+            state_of(out / "last.pt")  # whole, whenever it was killed
+        if run.returncode == 0:  # it was faster than the kills: begin again
+            shutil.rmtree(out)
+    print(f"{killed} kills, {saving} of them while saving")
+    whole, last = state_of(tmp_path / "whole/last.pt"), state_of(out / "last.pt")
+    for state in (whole, last):
+        state.pop("args")
+    assert_same(whole, last)
+    assert log_of(out) == log_of(tmp_path / "whole")
+
+
+def test_sigterm_saves_and_exits_143(small_city, tmp_path):
+    more = ["--crop", 32, 32, "--steps", 10000, "--log-every", 1]
+    run = subprocess.Popen(
+        command(small_city, tmp_path / "run", *more), env=ONE_THREAD, stdout=subprocess.PIPE, text=True
+    )
+    for line in run.stdout:
+        if line.startswith("step 1/"):
+            run.terminate()
+            break
+    assert "--resume goes on" in run.communicate()[0] and run.returncode == 143
+    assert state_of(tmp_path / "run/last.pt")["step"] >= 1
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it_whole(small_city, tmp_path):
+    more = ["--crop", 32, 32, "--batch-size", 1, "--eval-every", 100]
+    out = tmp_path / "run"
+    subprocess.run(
+        command(small_city, out, *more, "--steps", 1), check=True, env=ONE_THREAD, capture_output=True
+    )
+    before = (out / "last.pt").read_bytes()
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, 10_000_000))
+
+    run = subprocess.run(
+        command(small_city, out, *more, "--steps", 2, "--resume"),
+        env=ONE_THREAD, capture_output=True, text=True, preexec_fn=limit, check=False,
+    )  # fmt: skip
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert re.search(r"(last|best)\.pt: not saved \(File too large\); what it held before is still whole", run.stderr)
+    assert (out / "last.pt").read_bytes() == before and not (out / "last.pt.tmp").exists()
+
+
+def test_files_from_strangers_are_one_line_each(small_city, tmp_path, capsys):
+    good = tmp_path / "run/last.pt"
+    data = ["--darkzurich", str(small_city / "darkzurich"), "--device", "cpu"]
+    assert train.main(arguments(small_city, tmp_path / "run", "--steps", 1, "--crop", 32, 32)) == 0
+    state = state_of(good)
+    cases = {
+        "truncated": lambda path: path.write_bytes(good.read_bytes()[:100000]),
+        "empty": lambda path: path.write_bytes(b""),
+        "text": lambda path: path.write_text("weights"),
+        "old": lambda path: torch.save(state | {"format": 0}, path),
+        "other architecture": lambda path: torch.save(
+            state | {"architecture": {"backbone": "resnet50", "output_stride": 16}}, path
+        ),
+        "no architecture": lambda path: torch.save(state | {"architecture": {"backbone": "vgg"}}, path),
+        "a list": lambda path: torch.save([1], path),
+        "a folder": lambda path: path.mkdir(),
+        "missing": lambda path: None,
+    }
+    for name, make in cases.items():
+        path = tmp_path / f"{name}.pt"
+        make(path)
+        capsys.readouterr()
+        assert evaluate.main(["--checkpoint", str(path), *data]) == 2, name
+        errors = capsys.readouterr().err
+        assert errors.count("\n") == 1 and str(path) in errors, errors
+        assert train.main(arguments(small_city, tmp_path / "other", "--steps", 1, "--resume", path)) == 2, (
+            name
+        )
+        errors = capsys.readouterr().err
+        assert errors.count("\n") == 1 and (str(path) in errors), errors
+
+
+def resident(pid):
+    """MB of a process and all its children, and its open files."""
+    pids = [
+        pid,
+        *(int(p) for t in Path(f"/proc/{pid}/task").glob("*/children") for p in t.read_text().split()),
+    ]
+    pages = sum(int(Path(f"/proc/{p}/statm").read_text().split()[1]) for p in pids)
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_a_long_run_does_not_grow_and_leaves_no_worker(small_city, tmp_path):
+    early, late = (200, 2000) if FULL else (60, 200)
+    more = ["--crop", 32, 32, "--batch-size", 1, "--steps", 10000, "--log-every", 1, "--workers", 2]
+    more += ["--save-every", 100000, "--eval-every", early // 2]
+    run = subprocess.Popen(
+        command(small_city, tmp_path / "run", *more), env=ONE_THREAD, stdout=subprocess.PIPE, text=True
+    )
+    seen = {}
+    for line in run.stdout:
+        step = (
+            int(line.split("/")[0].removeprefix("step ")) if line.startswith("step ") and "/" in line else 0
+        )
+        if step in (early, late):
+            seen[step] = resident(run.pid)
+        if step == late:
+            break
+    children = [
+        int(p) for t in Path(f"/proc/{run.pid}/task").glob("*/children") for p in t.read_text().split()
+    ]
+    run.kill()  # the parent gets no chance to tidy up
+    run.communicate()
+    print(f"MB and open files at step {early}: {seen[early]}, at {late}: {seen[late]}")
+    assert seen[late][0] < 1.05 * seen[early][0] and seen[late][1] == seen[early][1]
+    assert children
+    deadline = time.monotonic() + 60
+    while any(
+        Path(f"/proc/{p}").exists() and "Z" not in Path(f"/proc/{p}/stat").read_text().split()[2]
+        for p in children
+    ):
+        assert time.monotonic() < deadline, "a worker outlived its parent"
+        time.sleep(0.2)
+
+
+def test_the_worker_count_does_not_change_a_bit(city, tmp_path):
+    for workers in (0, 2):
+        assert train.main(arguments(city, tmp_path / str(workers), "--steps", 3, "--workers", workers)) == 0
+    assert log_of(tmp_path / "0") == log_of(tmp_path / "2")
+    assert_same(*(state_of(tmp_path / w / "last.pt")["model"] for w in ("0", "2")))
+
+
+# ---- public weights, every benchmark, the servers ----------------------------------------------------------------
+
+
+class V2Block(nn.Module):
+    """The Bottleneck of the public DeepLab v2 files: stride in conv1."""
+
+    def __init__(self, inside, width, stride, dilation, downsample):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inside, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, dilation, dilation, bias=False)
+        self.bn2, self.bn3 = nn.BatchNorm2d(width), nn.BatchNorm2d(4 * width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        if downsample:
+            conv = nn.Conv2d(inside, 4 * width, 1, stride, bias=False)
+            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(4 * width))
+
+    def forward(self, x):
+        y = self.bn1(self.conv1(x)).relu()
+        y = self.bn3(self.conv3(self.bn2(self.conv2(y)).relu()))
+        return (y + (self.downsample(x) if hasattr(self, "downsample") else x)).relu()
+
+
+class V2(nn.Module):
+    """ResNet-101 DeepLab v2 as those files have it, written from the facts, for raw logits."""
+
+    def __init__(self, multi_level, classes=19):
+        super().__init__()
+        self.multi_level, inside = multi_level, 64
+        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
+        layers = ((64, 3, 1, 1), (128, 4, 2, 1), (256, 23, 1, 2), (512, 3, 1, 4))
+        for n, (width, depth, stride, dilation) in enumerate(layers, 1):
+            blocks = [V2Block(inside, width, stride, dilation, True)]
+            blocks += [V2Block(4 * width, width, 1, dilation, False) for _ in range(depth - 1)]
+            inside = 4 * width
+            setattr(self, f"layer{n}", nn.Sequential(*blocks))
+        self.layer5 = self.head(1024 if multi_level else 2048, classes)
+        if multi_level:
+            self.layer6 = self.head(2048, classes)
+
+    @staticmethod
+    def head(channels, classes):
+        module = nn.Module()
+        convs = [nn.Conv2d(channels, classes, 3, padding=r, dilation=r) for r in (6, 12, 18, 24)]
+        module.conv2d_list = nn.ModuleList(convs)
+        return module
+
+    def forward(self, x):
+        x = self.bn1(self.conv1(x)).relu()
+        x = nn.functional.max_pool2d(x, 3, 2, 1, ceil_mode=True)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        convs = list(self.layer6.conv2d_list)[:2] if self.multi_level else self.layer5.conv2d_list
+        return sum(conv(x) for conv in convs)
+
+
+def calm(network):
+    """Random networks explode; small last norms keep a hundred layers within reason, and norms not trivial."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.1, 0.3 if name.endswith("bn3") else 1)
+            nn.init.normal_(module.running_mean, 0, 0.1)
+    return network.eval()
+
+
+@pytest.mark.parametrize("multi_level", [True, False])
+@pytest.mark.parametrize("input_format", ["imagenet", "caffe"])
+def test_deeplab_v2_files_give_their_logits(tmp_path, multi_level, input_format):
+    theirs, images = calm(V2(multi_level)), torch.rand(1, 3, 65, 90)
+    path = str(tmp_path / "v2.pth")
+    prefix = "module." if multi_level else "Scale."
+    torch.save({prefix + k: v for k, v in theirs.state_dict().items()}, path)
+    options = {"output_stride": 8, "head": "deeplabv2", "input_format": input_format}
+    ours = models.DeepLab("resnet101", **options, weights=path).eval()
+    if input_format == "imagenet":
+        x = (images - torch.tensor(models.INPUT_FORMATS["imagenet"][2]).view(1, 3, 1, 1)) / ours.std
+    else:
+        mean = torch.tensor([104.00698793, 116.66876762, 122.67891434])
+        x = images.flip(1) * 255 - mean.view(1, 3, 1, 1)
+    with torch.no_grad():
+        features, logits = ours(images, upsample=False)
+        torch.testing.assert_close(logits, theirs(x), rtol=1e-4, atol=1e-4)
+        assert features.shape[1] == 2048 and logits.std() > 0.01
+        # a checkpoint of ours remembers all of it; the evaluation reads the public file as well
+        again, description = evaluate.load_model(path, input_format=input_format)
+        torch.testing.assert_close(again(images, upsample=False)[1], logits)
+    assert ours.architecture["branches"] == (2 if multi_level else 4)
+    assert description["architecture"] == ours.architecture
+    rebuilt = models.DeepLab(**ours.architecture)
+    rebuilt.load_state_dict(ours.state_dict())
+
+
+def test_public_files_in_evaluation(tmp_path):
+    path = tmp_path / "w.pth"
+    build = torchvision.models.segmentation.deeplabv3_resnet50
+    for aux in (True, False):
+        torch.save(
+            build(weights=None, weights_backbone=None, num_classes=19, aux_loss=aux).state_dict(), path
+        )
+        model, description = evaluate.load_model(path)
+        assert (
+            description["architecture"]["backbone"] == "resnet50" and model.architecture["output_stride"] == 8
+        )
+    torch.save(build(weights=None, weights_backbone=None, num_classes=21).state_dict(), path)
+    with pytest.raises(ValueError, match="w.pth: predicts 21 classes"):
+        evaluate.load_model(path)
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), path)
+    with pytest.raises(ValueError, match="w.pth: neither a DeepLab"):
+        evaluate.load_model(path)
+    with pytest.raises(ValueError, match="head deeplabv2 needs"):
+        models.DeepLab("resnet18", head="deeplabv2", output_stride=8)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(city, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    assert train.main(arguments(city, out / "run", "--steps", 2)) == 0
+    return out / "run/last.pt"
+
+
+def picture_file(root, path, size=(64, 48), mode="RGB", value=0):
+    path = Path(root, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value).save(path)
+
+
+def evaluated(checkpoint, tmp_path, *more):
+    command = [
+        "--checkpoint",
+        checkpoint,
+        "--json",
+        tmp_path / "s.json",
+        "--device",
+        "cpu",
+        "--workers",
+        0,
+        *more,
+    ]
+    status = evaluate.main([str(c) for c in command])
+    return json.loads((tmp_path / "s.json").read_text()) if status == 0 else status
+
+
+def test_acdc(checkpoint, tmp_path, capsys):
+    root = tmp_path / "acdc"
+    for n in (1, 2):
+        picture_file(root, f"rgb_anon/night/train/GP010376/GP010376_frame_00000{n}_rgb_anon.png", (96, 64))
+        picture_file(
+            root, f"rgb_anon/night/train_ref/GP010376/GP010376_frame_00000{n}_rgb_ref_anon.png", (96, 64)
+        )
+        picture_file(root, f"rgb_anon/night/test/GP1/GP1_frame_00000{n}_rgb_anon.png")
+    picture_file(root, "rgb_anon/night/val/GP2/GP2_frame_000003_rgb_anon.png")
+    picture_file(root, "gt/night/val/GP2/GP2_frame_000003_gt_labelTrainIds.png", mode="L", value=3)
+    picture_file(root, "gt/night/val/GP2/GP2_frame_000003_gt_labelIds.png", mode="L", value=7)
+    days, nights = datasets.targets("acdc", root)
+    assert [d.name for d in days] == [n.name.replace("rgb_anon", "rgb_ref_anon") for n in nights] and len(
+        days
+    ) == 2
+    result = evaluated(checkpoint, tmp_path, "--acdc", root)
+    assert sum(result["confusion_matrix"][3]) == 64 * 48 and result["miou_present"] == result["iou"]["wall"]
+    assert "labelIds are there too: --labels labelIds reads them" in capsys.readouterr().out
+    assert (
+        sum(evaluated(checkpoint, tmp_path, "--acdc", root, "--labels", "labelIds")["confusion_matrix"][0])
+        == 64 * 48
+    )
+    assert evaluated(checkpoint, tmp_path, "--acdc", root, "--split", "test") == 2
+    assert "no labels to score against; give --out" in capsys.readouterr().err
+    evaluated(checkpoint, tmp_path, "--acdc", root, "--split", "test", "--out", tmp_path / "p")
+    assert len(list((tmp_path / "p").glob("*/GP1_frame_00000?_rgb_anon.png"))) == 2 * 4
+    with pytest.raises(SystemExit):
+        evaluated(checkpoint, tmp_path, "--acdc", root, "--split", "test", "--submit", tmp_path / "x.zip")
+    assert "elsewhere --out writes the folders" in capsys.readouterr().err
+    days[0].unlink()
+    with pytest.raises(datasets.DataError, match="000001_rgb_ref_anon.png: no such file"):
+        datasets.targets("acdc", root)
+    assert datasets.targets("acdc", root, "none") == (days[1:], nights)
+
+
+def test_training_on_acdc(city, tmp_path):
+    root = tmp_path / "acdc"
+    for n, (day, night) in enumerate(zip(*datasets.targets("darkzurich", city / "darkzurich"), strict=True)):
+        for light, path in (("train", night), ("train_ref", day)):
+            name = f"GP_frame_00000{n}_rgb_{'ref_' * light.endswith('ref')}anon.png"
+            (root / f"rgb_anon/night/{light}/GP").mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, root / f"rgb_anon/night/{light}/GP" / name)
+    data = ["--cityscapes", str(city / "cityscapes"), "--acdc", str(root), "--out", str(tmp_path / "run")]
+    assert train.main([*data, *TINY, "--steps", "1"]) == 0
+
+
+def test_nighttime_driving(checkpoint, tmp_path):
+    root = tmp_path / "ntd"
+    picture_file(root, "leftImg8bit/test/night/0_frame_0004_leftImg8bit.png")
+    picture_file(
+        root,
+        "gtCoarse_daytime_trainvaltest/test/night/0_frame_0004_gtCoarse_labelTrainIds.png",
+        mode="L",
+        value=13,
+    )
+    result = evaluated(checkpoint, tmp_path, "--nighttime-driving", root)
+    assert sum(result["confusion_matrix"][13]) == 64 * 48 and result["images"] == 1
+
+
+def test_darkzurich_reference_days_and_missing_test_labels(checkpoint, tmp_path, capsys):
+    root = tmp_path / "dz"
+    for split in ("val", "test"):
+        picture_file(root, f"rgb_anon/{split}_ref/day/GOPR0356_ref/GOPR0356_frame_000324_ref_rgb_anon.png")
+        out = tmp_path / split
+        evaluated(checkpoint, tmp_path, "--darkzurich", root, "--split", f"{split}_ref", "--out", out)
+        assert (out / "color/GOPR0356_frame_000324_ref_rgb_anon.png").is_file()
+    assert "1 images, no labels" in capsys.readouterr().out
+    assert evaluated(checkpoint, tmp_path, "--darkzurich", root, "--split", "val") == 2
+    assert "rgb_anon/val/night: no such folder" in capsys.readouterr().err
+
+
+def test_uiou_is_its_definition(checkpoint, tmp_path, capsys):
+    label, prediction = torch.randint(0, 4, (12, 20)), torch.randint(0, 5, (12, 20))
+    confidence, invalid = torch.rand(12, 20), torch.randint(0, 2, (12, 20))
+    confidence[0, :5] = torch.tensor([0.0, 0.05, 0.25, 0.5, 0.95])  # on a threshold is not below it
+    label[1] = 255
+    got = evaluate.uncertainty_scores(
+        evaluate.count(label.byte(), prediction, 19, confidence, invalid.byte())
+    )
+    expected = []
+    for n in range(20):
+        per_class = []
+        for c in range(19):
+            inter = union = 0
+            for y, x in itertools.product(range(12), range(20)):
+                if label[y, x] == 255:
+                    continue
+                is_c, declared = bool(label[y, x] == c), bool(confidence[y, x] < torch.tensor(n / 20))
+                says_c = bool(prediction[y, x] == c)
+                right = is_c and ((declared and invalid[y, x] == 1) or (not declared and says_c))
+                inter += right
+                union += right or is_c or (says_c and not declared)
+            if union:
+                per_class.append(100 * inter / union)
+        expected.append(sum(map(float, per_class)) / len(per_class))
+    assert got["uiou"] == pytest.approx(expected) and got["auiou"] == pytest.approx(sum(expected) / 20)
+
+    root = tmp_path / "dz"
+    picture_file(root, "rgb_anon/val/night/GOPR/GOPR_frame_000001_rgb_anon.png")
+    picture_file(root, "gt/val/night/GOPR/GOPR_frame_000001_gt_labelTrainIds.png", mode="L", value=2)
+    assert evaluated(checkpoint, tmp_path, "--darkzurich", root, "--uiou") == 2
+    assert "--uiou needs a gt_invIds.png" in capsys.readouterr().err
+    picture_file(root, "gt/val/night/GOPR/GOPR_frame_000001_gt_invIds.png", mode="L", value=1)
+    result = evaluated(checkpoint, tmp_path, "--darkzurich", root, "--uiou")
+    assert len(result["uiou"]) == 20 and result["uiou"][0] == pytest.approx(result["miou"])
+    picture_file(root, "gt/val/night/GOPR/GOPR_frame_000001_gt_invIds.png", mode="L", value=255)
+    assert evaluated(checkpoint, tmp_path, "--darkzurich", root, "--uiou") == 2
+    assert "value 255 is no invIds value" in capsys.readouterr().err
+
+
+def test_scores_agree_with_cityscapes_scripts(city, checkpoint, tmp_path):
+    scripts = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
+    result = evaluated(checkpoint, tmp_path, "--cityscapes", city / "cityscapes", "--out", tmp_path / "p")
+    truth = sorted((city / "cityscapes/gtFine/val").glob("*/*_labelIds.png"))
+    found = [
+        next((tmp_path / "p/labelIds").glob(f"{t.name.removesuffix('_gtFine_labelIds.png')}*.png"))
+        for t in truth
+    ]
+    scripts.args.evalInstLevelScore, scripts.args.quiet = False, True
+    theirs = scripts.evaluateImgLists([str(p) for p in found], [str(t) for t in truth], scripts.args)
+    assert result["miou"] == pytest.approx(100 * theirs["averageScoreClasses"], abs=1e-6)
+
+
+class Position(nn.Module):
+    """A network whose probabilities are known for every pixel: sigmoid of the red channel, and the rest."""
+
+    def forward(self, images):
+        assert min(images.shape[2:]) >= 32
+        return None, torch.stack([images[:, 0], torch.zeros_like(images[:, 0])], 1)
+
+
+def test_flip_scales_and_windows_average_the_softmax():
+    images, model = torch.rand(1, 3, 70, 90), Position()
+    whole = evaluate.probabilities(model, images)
+    torch.testing.assert_close(whole[:, 0], images[:, 0].sigmoid())
+    torch.testing.assert_close(
+        evaluate.probabilities(model, images, window=(32, 40)), whole
+    )  # nothing lost, no seams
+    torch.testing.assert_close(evaluate.probabilities(model, images, flip=True), whole)  # flipped back
+    smooth = images.mean((2, 3), keepdim=True).expand_as(images)
+    got = evaluate.probabilities(model, smooth, (0.75, 1.0, 1.25), True, (48, 48))
+    torch.testing.assert_close(got, evaluate.probabilities(model, smooth))
+    assert (evaluate.probabilities(model, images, (1.0, 0.5)) - whole).abs().max() > 0.01
+    assert evaluate.probabilities(model, images[:, :, :9, :20]).shape == (
+        1,
+        2,
+        9,
+        20,
+    )  # smaller than the network's least
+
+
+def test_windows_and_flips_reach_the_command(city, checkpoint, tmp_path):
+    data = ["--darkzurich", city / "darkzurich"]
+    plain = evaluated(checkpoint, tmp_path, *data)
+    for views in (["--flip"], ["--scales", 0.75, 1.25], ["--window", 64, 96]):
+        result = evaluated(checkpoint, tmp_path, *data, *views)
+        assert result["confusion_matrix"] != plain["confusion_matrix"]
+    assert (
+        result["checkpoint"]["architecture"]["backbone"] == "resnet18" and result["checkpoint"]["step"] == 2
+    )
+
+
+def test_any_picture(checkpoint, tmp_path, capsys):
+    for n, ending in enumerate(("png", "jpg", "webp", "PNG")):
+        picture_file(tmp_path / "in", f"a{n}.{ending}", (33 + n, 20 + 30 * n), value=(200, 30, 90))
+    evaluated(checkpoint, tmp_path, "--images", tmp_path / "in", "--out", tmp_path / "out")
+    for kind, mode in (("labelTrainIds", "L"), ("labelIds", "L"), ("color", "RGB"), ("overlay", "RGB")):
+        for n in range(4):
+            with Image.open(tmp_path / f"out/{kind}/a{n}.png") as image:
+                assert image.size == (33 + n, 20 + 30 * n) and image.mode == mode
+    ids, train_ids = (Image.open(tmp_path / f"out/{kind}/a3.png") for kind in ("labelIds", "labelTrainIds"))
+    assert ids.getpixel((5, 5)) == datasets.CLASSES[train_ids.getpixel((5, 5))][1]
+    picture_file(tmp_path / "in", "a0.jpg")
+    assert evaluated(checkpoint, tmp_path, "--images", tmp_path / "in", "--out", tmp_path / "out") == 2
+    assert "would overwrite" in capsys.readouterr().err
+    (tmp_path / "nothing").mkdir()
+    assert evaluated(checkpoint, tmp_path, "--images", tmp_path / "nothing", "--out", tmp_path / "out") == 2
+    assert "no picture in it" in capsys.readouterr().err
+
+
+def test_submissions(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "SIZES", {"darkzurich": (64, 48), "cityscapes": (64, 48)})
+    root, file = tmp_path / "data", tmp_path / "upload.zip"
+    for n in (1, 2):
+        picture_file(
+            root, f"rgb_anon/test/night/GOPR0364/GOPR0364_frame_00000{n}_rgb_anon.png", value=(9, 9, 40)
+        )
+        picture_file(root, f"leftImg8bit/test/berlin/berlin_00000{n}_000019_leftImg8bit.png")
+    evaluated(checkpoint, tmp_path, "--darkzurich", root, "--split", "test", "--submit", file)
+    assert "6 entries for 2 images, checked" in capsys.readouterr().out
+    with zipfile.ZipFile(file) as packed:
+        kinds = {"labelTrainIds": "L", "labelTrainIds_invalid": "L", "confidence": "I;16"}
+        expected = {f"{kind}/GOPR0364_frame_00000{n}.png" for kind in kinds for n in (1, 2)}
+        assert set(packed.namelist()) == expected
+        for name in expected:
+            image = Image.open(io.BytesIO(packed.read(name)))
+            assert image.size == (64, 48) and image.mode == kinds[name.split("/")[0]]
+        model, _ = evaluate.load_model(checkpoint)
+        pixels = torchvision.transforms.v2.functional.pil_to_tensor(
+            datasets.open_image(next(root.rglob("GOPR*1_rgb_anon.png")))
+        )
+        with torch.no_grad():
+            best = model(pixels[None] / 255)[1].softmax(1).max(1)[0][0, 20, 30].item()
+        stored = Image.open(io.BytesIO(packed.read("confidence/GOPR0364_frame_000001.png"))).getpixel(
+            (30, 20)
+        )
+        assert stored == pytest.approx(65535 * best, abs=2)
+    evaluated(checkpoint, tmp_path, "--cityscapes", root, "--split", "test", "--submit", file)
+    with zipfile.ZipFile(file) as packed:
+        assert packed.namelist() == [f"berlin_00000{n}_000019_leftImg8bit.png" for n in (1, 2)]
+        values = {v for _, v in Image.open(io.BytesIO(packed.read(packed.namelist()[0]))).getcolors()}
+        assert values <= {label_id for _, label_id, _ in datasets.CLASSES}
+    before = file.read_bytes()  # what does not pass the check does not take the file's name
+    monkeypatch.setattr(evaluate, "SIZES", {"darkzurich": (1920, 1080)})
+    assert evaluated(checkpoint, tmp_path, "--darkzurich", root, "--split", "test", "--submit", file) == 2
+    assert "labelTrainIds/GOPR0364_frame_000001.png is L (64, 48)" in capsys.readouterr().err
+    assert file.read_bytes() == before
+
+
+def test_export_runs_without_our_files(checkpoint, tmp_path):
+    assert (
+        evaluate.main(
+            ["--checkpoint", str(checkpoint), "--export", str(tmp_path / "net.pt2"), "--device", "cpu"]
+        )
+        == 0
+    )
+    model, _ = evaluate.load_model(checkpoint)
+    images = [torch.rand(1, 3, 64, 96), torch.rand(3, 3, 65, 33), torch.rand(2, 3, 120, 200)]
+    with torch.no_grad():
+        torch.save([images, [model(i)[1] for i in images]], tmp_path / "io.pt")
+    code = """import sys, torch
+program = torch.export.load(sys.argv[1]).module()
+images, expected = torch.load(sys.argv[2])
+for image, logits in zip(images, expected):
+    torch.testing.assert_close(program(image)[1], logits, rtol=1e-4, atol=1e-4)
+assert not {"models", "evaluate", "torchvision"} & set(sys.modules)
+print("same")"""
+    files = [str(tmp_path / "net.pt2"), str(tmp_path / "io.pt")]
+    run = subprocess.run(
+        [sys.executable, "-c", code, *files], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert run.stdout == "same\n", run.stderr
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ([], "is needed"),
+        (["--images", "x"], "give --out DIR"),
+        (["--darkzurich", "x", "--scales", "0"], "--scales must be positive"),
+        (["--darkzurich", "x", "--window", "8", "8"], "--window at least 32 x 32"),
+        (["--darkzurich", "x", "--acdc", "y"], "not allowed with argument"),
+        (["--darkzurich", "x", "--device", "abacus"], "--device abacus"),
+    ],
+)
+def test_nonsense_for_evaluate_is_refused_in_one_line(capsys, more, message):
+    with pytest.raises(SystemExit) as refused:
+        evaluate.main(["--checkpoint", "x.pt", *more])
+    errors = capsys.readouterr().err
+    assert refused.value.code == 2 and message in errors and errors.count("\n") == 1

@@ -43,20 +43,9 @@ DEMO = {
     "eval_every": 250,
     "save_every": 50,
 }
-# What a resumed run may change: nothing here touches what is computed.
-FREE = {
-    "steps",
-    "out",
-    "device",
-    "workers",
-    "resume",
-    "eval_every",
-    "save_every",
-    "log_every",
-    "demo",
-    "skip_broken",
-}
-FREE |= {"cityscapes", "darkzurich", "synthetic_night"}  # may have moved
+# What a resumed run may change: nothing here touches what is computed; data may have moved.
+FREE = {"steps", "out", "device", "workers", "resume", "eval_every", "save_every", "log_every", "demo"}
+FREE |= {"skip_broken", "cityscapes", "darkzurich", "acdc", "synthetic_night"}
 
 
 def parse_args(argv):
@@ -69,66 +58,71 @@ def parse_args(argv):
     )
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
 
+    number, whole = {"type": float}, {"type": int}
     add = parser.add_argument_group("data").add_argument
     add("--cityscapes", metavar="DIR", help="labelled days: holds leftImg8bit/ and gtFine/ (labelIds)")
     add("--darkzurich", metavar="DIR", help="unlabelled days and nights: holds rgb_anon/, corresp/, gt/val/")
+    add("--acdc", metavar="DIR", help="ACDC night instead: rgb_anon/night/{train,train_ref}, gt/night/val/")
     add("--demo", action="store_true", help="draw a small city, train day-only and CCDistill on it, compare")
     add(
-        "--pairs",
-        default="corresp",
-        metavar="FILE",
-        help="csv of NIGHT,DAY lines; corresp: the data set's; none",
+        "--pairs", metavar="FILE", default="corresp", help="csv of NIGHT,DAY lines; corresp: as shipped; none"
     )
     add(
-        "--synthetic-night", metavar="DIR", help="ready-made S_n instead of --night-style: leftImg8bit's tree"
+        "--labels",
+        choices=tuple(datasets.TABLES),
+        default="labelTrainIds",
+        help="read if both kinds are there",
     )
-    add("--crop", type=int, nargs=2, metavar=("H", "W"), default=(512, 512), help="training crop")
-    add("--scale", type=float, nargs=2, metavar=("MIN", "MAX"), default=(0.5, 1.0), help="resizing before it")
+    add(
+        "--synthetic-night",
+        metavar="DIR",
+        help="ready-made S_n (leftImg8bit's tree) instead of --night-style",
+    )
+    add("--crop", **whole, nargs=2, metavar=("H", "W"), default=(512, 512), help="training crop")
+    add("--scale", **number, nargs=2, metavar=("MIN", "MAX"), default=(0.5, 1.0), help="resizing before it")
     add(
         "--jitter",
-        type=float,
+        **number,
         default=0.0,
-        help="random brightness, contrast, saturation of S_d, up to this share",
+        help="of brightness, contrast and saturation of S_d, up to this share",
     )
-    add("--workers", type=int, default=2, help="decoding processes")
-    add("--skip-broken", type=int, default=0, help="broken files to leave out before giving up")
+    add("--workers", **whole, default=2, help="decoding processes")
+    add("--skip-broken", **whole, default=0, help="broken files to leave out before giving up")
 
     add = parser.add_argument_group("network").add_argument
     add("--backbone", choices=models.BACKBONES, default="resnet18", help="torchvision's ResNet")
-    add("--output-stride", type=int, choices=(8, 16), default=16, help="of the features")
+    add("--output-stride", **whole, choices=(8, 16), default=16, help="of the features")
+    add("--head", choices=models.HEADS, default="aspp", help="of DeepLab v3 or v2")
+    add("--weights", default="none", help="none, imagenet (IMAGENET1K_V1, downloaded) or a state dict's file")
     add(
-        "--weights",
-        default="none",
-        help="none, imagenet (IMAGENET1K_V1, downloaded) or the file of a state dict",
+        "--input-format",
+        choices=tuple(models.INPUT_FORMATS),
+        default="imagenet",
+        help="that --weights expect",
     )
-    add(
-        "--night-weights",
-        choices=ccdistill.NIGHT_WEIGHTS,
-        default="shared",
-        help="of M_n: all M_d's, norm apart, none",
-    )
+    add("--night-weights", choices=ccdistill.NIGHT_WEIGHTS, default="shared", help="what of M_d M_n shares")
 
     add = parser.add_argument_group("method").add_argument
     add("--day-only", action="store_true", help="the baseline: train on S_d and its labels alone")
     add("--night-style", choices=ccdistill.NIGHT_STYLES, default="fda", help="how S_n is made")
-    add("--night-strength", type=float, help=f"of the style; None: {ccdistill.STRENGTH}")
-    add("--content-weight", type=float, default=1.0, help="of CDC; 0: not computed")
-    add("--style-weight", type=float, default=1.0, help="of CDS; 0: not computed")
-    add("--js-weight", type=float, default=1.0, help="of JS inside CDC; 0: not computed")
-    add("--pseudo-weight", type=float, default=1.0, help="of the pseudo-labels' loss; 0: not computed")
-    add("--pseudo-threshold", type=float, default=0.9, help="softmax that makes a pseudo-label")
+    add("--night-strength", **number, help=f"of the style; None: {ccdistill.STRENGTH}")
+    add("--content-weight", **number, default=1.0, help="of CDC; 0: not computed")
+    add("--style-weight", **number, default=1.0, help="of CDS; 0: not computed")
+    add("--js-weight", **number, default=1.0, help="of JS inside CDC; 0: not computed")
+    add("--pseudo-weight", **number, default=1.0, help="of the pseudo-labels' loss; 0: not computed")
+    add("--pseudo-threshold", **number, default=0.9, help="softmax that makes a pseudo-label")
     add("--no-projection", action="store_true", help="without the projection head: e is average-pooled F")
-    add("--embedding-dim", type=int, default=128, help="channels of e")
+    add("--embedding-dim", **whole, default=128, help="channels of e")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--steps", type=int, default=50000, help="length of the run")
-    add("--batch-size", type=int, default=2, help="images per domain")
+    add("--steps", **whole, default=50000, help="length of the run")
+    add("--batch-size", **whole, default=2, help="images per domain")
     add("--optimizer", choices=tuple(LR), default="adamw", help="sgd: momentum 0.9")
-    add("--lr", type=float, help=f"learning rate; None: {LR}")
-    add("--weight-decay", type=float, default=5e-4, help="of every parameter")
-    add("--power", type=float, default=0.9, help="of the polynomial decay of the learning rate; 0: constant")
+    add("--lr", **number, help=f"learning rate; None: {LR}")
+    add("--weight-decay", **number, default=5e-4, help="of every parameter")
+    add("--power", **number, default=0.9, help="of the polynomial decay of the learning rate; 0: constant")
     add("--amp", choices=("off", "bf16"), default="off", help="autocast of the networks")
-    add("--seed", type=int, default=0, help="of weights, samples, crops, dropout")
+    add("--seed", **whole, default=0, help="of weights, samples, crops, dropout")
 
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="DIR", default="runs/ccdistill", help="where everything is written")
@@ -137,12 +131,12 @@ def parse_args(argv):
         nargs="?",
         const=True,
         metavar="FILE",
-        help="go on from a last.pt, that of --out if none is named",
+        help="go on from a last.pt; without FILE that of --out",
     )
     add("--device", default=evaluate.best_device(), help="cuda, mps or cpu; the default is the best there is")
-    add("--eval-every", type=int, default=500, help="steps between validations")
-    add("--save-every", type=int, default=500, help="steps between checkpoints")
-    add("--log-every", type=int, default=20, help="steps between progress lines")
+    add("--eval-every", **whole, default=500, help="steps between validations")
+    add("--save-every", **whole, default=500, help="steps between checkpoints")
+    add("--log-every", **whole, default=20, help="steps between progress lines")
 
     args = parser.parse_args(argv)
     if args.demo:  # its own defaults, still overridden by what was given
@@ -178,41 +172,50 @@ def contradiction(args):
         return f"--scale wants 0 < MIN <= MAX, got {args.scale[0]} {args.scale[1]}"
     if not 0 <= args.jitter < 1 or not 0 <= args.pseudo_threshold <= 1:
         return "--jitter wants 0 to below 1, --pseudo-threshold 0 to 1"
-    if args.demo and (args.cityscapes or args.darkzurich):
-        return "--demo draws its own data: leave --cityscapes and --darkzurich out"
-    if args.demo and args.day_only:
-        return "--demo trains --day-only and the method, one after the other: leave --day-only out"
+    if args.demo and (args.cityscapes or args.darkzurich or args.acdc or args.day_only):
+        return "--demo draws its own data and trains day-only and the method on it: give it no other data"
     if not args.demo and not args.cityscapes:
         return "--cityscapes DIR is needed (or --demo)"
-    if not args.demo and not args.day_only and not args.darkzurich:
-        return "--darkzurich DIR is needed (or --day-only, or --demo)"
+    if not args.demo and not args.day_only and not (args.darkzurich or args.acdc):
+        return "--darkzurich DIR or --acdc DIR is needed (or --day-only, or --demo)"
+    if args.darkzurich and args.acdc:
+        return "--darkzurich and --acdc: one target at a time"
+    if args.acdc and args.pairs not in ("corresp", "none"):
+        return "--acdc pairs by name: --pairs corresp or none"
+    if args.head == "deeplabv2" and (
+        args.output_stride != 8 or args.backbone not in ("resnet50", "resnet101")
+    ):
+        return "--head deeplabv2 needs --output-stride 8 and --backbone resnet50 or resnet101"
+    if args.weights == "imagenet" and args.input_format == "caffe":
+        return "--weights imagenet are RGB: --input-format imagenet"
     return evaluate.device_problem(args.device)
 
 
 def load_data(args):
     """(training stream, labelled validation nights) as the arguments say. Raises DataError."""
-    source = datasets.cityscapes(args.cityscapes)
+    source = datasets.samples("cityscapes", args.cityscapes, "train", args.labels)
+    if not source[0].label:
+        raise datasets.DataError(f"{args.cityscapes}/gtFine/train: no such folder")
+    layout, root = ("acdc", args.acdc) if args.acdc else ("darkzurich", args.darkzurich)
     days, nights, synthetic, validation = [], [], None, []
-    print(f"source: {len(source)} labelled days in {args.cityscapes}", flush=True)
+    print(f"source: {datasets.describe(source, args.cityscapes)}", flush=True)
     if not args.day_only:
-        days, nights = datasets.darkzurich_targets(args.darkzurich, args.pairs)
-        how = "unpaired" if args.pairs == "none" else "paired"
-        print(f"target: {len(days)} days and {len(nights)} nights, {how}, in {args.darkzurich}", flush=True)
+        days, nights = datasets.targets(layout, root, args.pairs)
+        how = "unpaired" if args.pairs == "none" else f"in pairs ({args.pairs})"
+        print(f"target: {len(days)} days and {len(nights)} nights, {how}, in {root}", flush=True)
         if args.synthetic_night:
             synthetic = datasets.synthetic_nights(args.synthetic_night, source)
-    if args.darkzurich and Path(args.darkzurich, "gt", "val").is_dir():
-        validation = datasets.darkzurich(args.darkzurich)
-        print(f"validation: {len(validation)} labelled nights", flush=True)
+            print(f"synthetic nights: {len(synthetic)} in {args.synthetic_night}", flush=True)
+    if root and Path(root, datasets.LAYOUTS[layout][2].format("val")).is_dir():
+        validation = datasets.samples(layout, root, "val", args.labels)
+        print(f"validation: {datasets.describe(validation, root)}", flush=True)
     else:
-        print(
-            "validation: none, there are no labelled nights (gt/val of --darkzurich); no best.pt", flush=True
-        )
-    for image in [image for image, _ in source] + days + nights:
+        print("validation: none, the target has no labelled nights (gt/, val); no best.pt", flush=True)
+    for image in [sample.image for sample in source] + days + nights:
         width, height = datasets.size_of(image)
         if height < args.crop[0] or width < args.crop[1]:
-            raise datasets.DataError(
-                f"{image}: {width} x {height} is smaller than --crop, {args.crop[0]} {args.crop[1]}"
-            )
+            crop = f"--crop {args.crop[0]} {args.crop[1]}"
+            raise datasets.DataError(f"{image}: {width} x {height} (width x height) is smaller than {crop}")
     stream = datasets.FourDomains(
         source, days, nights, args.crop, args.pairs != "none", synthetic, args.scale, args.jitter, args.seed,
         length=args.steps * args.batch_size,
@@ -263,7 +266,7 @@ def validate(method, validation, args):
     """Score M_n on the labelled nights and draw the first four into OUT/samples.png."""
     tiles = []
 
-    def draw(item, prediction):
+    def draw(item, prediction, _):
         if len(tiles) < 12:
             tiles.extend([item["image"], datasets.colourise(prediction), datasets.colourise(item["label"])])
 
@@ -285,7 +288,9 @@ def picture(tiles, columns, path, titles=()):
 
 def build(args):
     """The method on its device, with an optimizer over everything that learns."""
-    model = models.DeepLab(args.backbone, len(datasets.NAMES), args.output_stride, weights=args.weights)
+    model = models.DeepLab(
+        args.backbone, len(datasets.NAMES), args.output_stride, args.head, args.weights, args.input_format
+    )
     method = ccdistill.CCDistill(
         model,
         night_weights="shared" if args.day_only else args.night_weights,
@@ -319,7 +324,7 @@ def inference_state(args, step, method):
     """What evaluate.py needs of a run: M_d and M_n, how to build them, and where they come from."""
     return {
         "format": evaluate.FORMAT,
-        "architecture": {"backbone": args.backbone, "output_stride": args.output_stride},
+        "architecture": method.day.architecture,
         "args": json.loads(json.dumps(vars(args))),
         "step": step,
         "model": {k: v for k, v in method.state_dict().items() if not k.startswith("projection.")},
@@ -500,13 +505,16 @@ def demo(args):
         run.resume = (out / name / "last.pt").exists() or None  # an interrupted demo goes on
         print(f"\n{name}: {args.steps} steps", flush=True)
         train(run)
-    validation = datasets.darkzurich(args.darkzurich)
-    rows = [[item["image"], datasets.colourise(item["label"])] for item in datasets.Labelled(validation[:4])]
+    validation = datasets.samples("darkzurich", args.darkzurich)
+    rows = [[item["image"], datasets.colourise(item["label"])] for item in datasets.Images(validation[:4])]
     for name in ("day-only", "ccdistill"):
         model, _ = evaluate.load_model(out / name / "last.pt", device=args.device)
         tiles = []
         results[name] = evaluate.evaluate(
-            model, validation, args.device, each=lambda _, prediction, tiles=tiles: tiles.append(prediction)
+            model,
+            validation,
+            args.device,
+            each=lambda _, prediction, __, tiles=tiles: tiles.append(prediction),
         )
         for row, prediction in zip(rows, tiles, strict=False):
             row.insert(-1, datasets.colourise(prediction))
