@@ -503,21 +503,17 @@ def photograph(image, lights, city, night, key):
     scene = TF.pil_to_tensor(soft).float() / 255
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     if night:
-        light = (
-            torch.tensor([0.10, 0.11, 0.15]).view(3, 1, 1)
-            * rng.uniform(0.6, 1.1)
-            * torch.ones(1, height, width)
-        )
-        glare = torch.zeros(3, height, width)
+        ambient = torch.tensor([0.20, 0.21, 0.26]).view(3, 1, 1) * rng.uniform(0.7, 1.1)
+        light, glare = ambient.expand(3, height, width).clone(), torch.zeros(3, height, width)
         for lx, ly, radius, colour in lights:
             square = ((x - lx) ** 2 + (y - ly) ** 2) / radius**2
             colour = torch.tensor(colour).view(3, 1, 1)
-            light += 0.45 * colour * torch.exp(-square)  # falls on what is near
-            glare += colour * (
-                torch.exp(-square * 60) + 0.08 * torch.exp(-square * 4)
-            )  # reaches the lens itself
-        glow = torch.tensor([0.07, 0.05, 0.04]).view(3, 1, 1) * (y / height)
-        scene = scene * light + glare + glow * (0.5 + rng.random())
+            light += 0.35 * colour * torch.exp(-square)  # falls on what is near
+            # and reaches the lens itself
+            glare += colour * (torch.exp(-square * 60) + 0.07 * torch.exp(-square * 4))
+        glow = torch.exp(-(((y / height - 0.35) / 0.25) ** 2))  # of the city, on the sky above the horizon
+        glow = glow * torch.tensor([0.07, 0.06, 0.06]).view(3, 1, 1) * rng.uniform(0.5, 1)
+        scene = scene * light + glare + glow
         noise = 0.015
     else:
         noise, haze = 0.012, rng.uniform(0, 0.15)

@@ -748,7 +748,19 @@ SWITCHES = {
 @pytest.mark.parametrize("term", SWITCHES)
 def test_ablation_switches(city, tmp_path, term):
     assert (
-        train.main(arguments(city, tmp_path / "run", "--steps", 1, "--pseudo-threshold", 0, *SWITCHES[term]))
+        train.main(
+            arguments(
+                city,
+                tmp_path / "run",
+                "--steps",
+                1,
+                "--pseudo-threshold",
+                0,
+                "--pseudo-start",
+                0,
+                *SWITCHES[term],
+            )
+        )
         == 0
     )
     (row,) = log_of(tmp_path / "run")
@@ -1226,7 +1238,9 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_whole(small_city, tmp_path)
         env=ONE_THREAD, capture_output=True, text=True, preexec_fn=limit, check=False,
     )  # fmt: skip
     assert run.returncode == 2 and "Traceback" not in run.stderr
-    assert re.search(r"(last|best)\.pt: not saved \(File too large\); what it held before is still whole", run.stderr)
+    assert re.search(
+        r"(last|best)\.pt: not saved \(File too large\); what it held before is still whole", run.stderr
+    )
     assert (out / "last.pt").read_bytes() == before and not (out / "last.pt.tmp").exists()
 
 

@@ -111,6 +111,7 @@ def parse_args(argv):
     add("--js-weight", **number, default=1.0, help="of JS inside CDC; 0: not computed")
     add("--pseudo-weight", **number, default=1.0, help="of the pseudo-labels' loss; 0: not computed")
     add("--pseudo-threshold", **number, default=0.9, help="softmax that makes a pseudo-label")
+    add("--pseudo-start", **number, default=0.5, help="share of --steps after which pseudo-labels begin")
     add("--no-projection", action="store_true", help="without the projection head: e is average-pooled F")
     add("--embedding-dim", **whole, default=128, help="channels of e")
 
@@ -170,8 +171,11 @@ def contradiction(args):
         return f"--crop must be at least 32 x 32, got {args.crop[0]} {args.crop[1]}"
     if not 0 < args.scale[0] <= args.scale[1]:
         return f"--scale wants 0 < MIN <= MAX, got {args.scale[0]} {args.scale[1]}"
-    if not 0 <= args.jitter < 1 or not 0 <= args.pseudo_threshold <= 1:
-        return "--jitter wants 0 to below 1, --pseudo-threshold 0 to 1"
+    if not 0 <= args.jitter < 1:
+        return f"--jitter wants 0 to below 1, got {args.jitter}"
+    for name in ("pseudo_threshold", "pseudo_start"):
+        if not 0 <= getattr(args, name) <= 1:
+            return f"--{name.replace('_', '-')} wants 0 to 1, got {getattr(args, name)}"
     if args.demo and (args.cityscapes or args.darkzurich or args.acdc or args.day_only):
         return "--demo draws its own data and trains day-only and the method on it: give it no other data"
     if not args.demo and not args.cityscapes:
@@ -434,6 +438,7 @@ def train(args):
                 lr = args.lr * (1 - (step - 1) / args.steps) ** args.power
                 for group in optimizer.param_groups:
                     group["lr"] = lr
+                method.pseudo_weight = args.pseudo_weight if step > args.pseudo_start * args.steps else 0
                 with torch.autocast(
                     torch.device(args.device).type, torch.bfloat16, enabled=args.amp == "bf16"
                 ):
