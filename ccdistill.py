@@ -109,6 +109,9 @@ class CCDistill(nn.Module):
         self.content_weight, self.style_weight, self.js_weight = content_weight, style_weight, js_weight
         self.pseudo_weight, self.pseudo_threshold = pseudo_weight, pseudo_threshold
         self.target_paired = target_paired
+        self.source_only = (
+            False  # the warm-up of train.py (ours): S_d and S_n alone, no target in the batches
+        )
 
     def embed(self, features):
         """F (B, C, h, w) -> e (B, D)."""
@@ -124,6 +127,12 @@ class CCDistill(nn.Module):
         if source_night is None:
             source_night = night_style(source_day, target_night, self.night_style, self.night_strength)
 
+        losses = dict.fromkeys(("pseudo", "content", "style"), label.new_zeros((), dtype=torch.float32))
+        if self.source_only:
+            losses["seg_day"] = segmentation_loss(self.day(source_day)[1], label)
+            losses["seg_night"] = segmentation_loss(self.night(source_night)[1], label)
+            return losses | {"total": losses["seg_day"] + losses["seg_night"]}
+
         # M_d sees both days in one batch, M_n both nights.
         f_day, p_day = self.day(torch.cat([source_day, target_day]))
         f_night, p_night = self.night(torch.cat([source_night, target_night]))
@@ -131,8 +140,8 @@ class CCDistill(nn.Module):
         (f_sd, f_td), (p_sd, p_td) = f_day.split(sizes), p_day.split(sizes)
         (f_sn, f_tn), (p_sn, p_tn) = f_night.split(sizes), p_night.split(sizes)
 
-        losses = {"seg_day": segmentation_loss(p_sd, label), "seg_night": segmentation_loss(p_sn, label)}
-        losses |= dict.fromkeys(("pseudo", "content", "style"), label.new_zeros((), dtype=torch.float32))
+        losses["seg_day"] = segmentation_loss(p_sd, label)
+        losses["seg_night"] = segmentation_loss(p_sn, label)
         if self.pseudo_weight:
             losses["pseudo"] = self.pseudo(p_td, p_tn)
         if self.content_weight:

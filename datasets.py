@@ -464,7 +464,7 @@ def draw_street(city, place, moment):
             if rng.random() < 0.75:
                 paint(5, "rectangle", (x, y - h, x + 1 + 3 * t, y), (98, 98, 100))
                 if rng.random() < 0.7:
-                    lights.append((x - side * 6 * t, y - h, 26 + 60 * t, (1.0, 0.72, 0.38)))
+                    lights.append((x - side * 6 * t, y - h, 18 + 45 * t, (1.0, 0.72, 0.38)))
                 else:
                     paint(
                         7,
@@ -499,7 +499,7 @@ def photograph(image, lights, city, night, key):
     rng = random.Random(f"camera {city} {key}")
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
     width, height = DEMO_SIZE
-    soft = image.filter(ImageFilter.GaussianBlur((0.5 if city == "source" else 0.8) + 0.5 * night))
+    soft = image.filter(ImageFilter.GaussianBlur((0.5 if city == "source" else 0.8) + 0.3 * night))
     scene = TF.pil_to_tensor(soft).float() / 255
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     if night:
@@ -508,13 +508,13 @@ def photograph(image, lights, city, night, key):
         for lx, ly, radius, colour in lights:
             square = ((x - lx) ** 2 + (y - ly) ** 2) / radius**2
             colour = torch.tensor(colour).view(3, 1, 1)
-            light += 0.35 * colour * torch.exp(-square)  # falls on what is near
+            light += 0.2 * colour * torch.exp(-square)  # falls on what is near
             # and reaches the lens itself
-            glare += colour * (torch.exp(-square * 60) + 0.07 * torch.exp(-square * 4))
+            glare += colour * (torch.exp(-square * 60) + 0.03 * torch.exp(-square * 4))
         glow = torch.exp(-(((y / height - 0.35) / 0.25) ** 2))  # of the city, on the sky above the horizon
         glow = glow * torch.tensor([0.07, 0.06, 0.06]).view(3, 1, 1) * rng.uniform(0.5, 1)
         scene = scene * light + glare + glow
-        noise = 0.015
+        noise = 0.01
     else:
         noise, haze = 0.012, rng.uniform(0, 0.15)
         scene = scene * rng.uniform(0.75, 1.1) * (1 - haze) + haze * 0.8

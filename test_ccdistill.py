@@ -417,6 +417,18 @@ def test_two_days_and_two_nights_share_a_batch():
     assert torch.equal(seen[1][1], torch.cat([batch["source_night"], batch["target_night"]]))
 
 
+def test_the_warm_up_leaves_the_targets_out():
+    method, seen = ccdistill.CCDistill(models.DeepLab(), "separate"), []
+    method.source_only = True
+    for net in (method.day, method.night):
+        net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    batch = toy_batch() | {"source_night": torch.rand(2, 3, 48, 64)}
+    values = method(batch)
+    assert torch.equal(seen[0], batch["source_day"]) and torch.equal(seen[1], batch["source_night"])
+    assert values["pseudo"] == values["content"] == values["style"] == 0
+    torch.testing.assert_close(values["total"], values["seg_day"] + values["seg_night"])
+
+
 def test_total_is_the_weighted_sum_and_a_zero_weight_does_no_work(monkeypatch):
     options = {"content_weight": 2.0, "style_weight": 3.0, "pseudo_weight": 0.5}
     method = ccdistill.CCDistill(models.DeepLab(), pseudo_threshold=0.0, **options)
@@ -756,7 +768,7 @@ def test_ablation_switches(city, tmp_path, term):
                 1,
                 "--pseudo-threshold",
                 0,
-                "--pseudo-start",
+                "--warmup",
                 0,
                 *SWITCHES[term],
             )
@@ -775,9 +787,9 @@ def test_the_other_switches_change_what_they_say(city, tmp_path):
     for name, *switch in (
         ("base",), ("js", "--js-weight", 0), ("projection", "--no-projection"), ("style", "--night-style", "color"),
         ("pairs", "--pairs", "none"), ("norm", "--night-weights", "norm"), ("bf16", "--amp", "bf16"),
-        ("jitter", "--jitter", 0.5), ("sgd", "--optimizer", "sgd"),
+        ("jitter", "--jitter", 0.5), ("sgd", "--optimizer", "sgd"), ("warmup", "--warmup", 0.5),
     ):  # fmt: skip
-        assert train.main(arguments(city, tmp_path / name, "--steps", 2, *switch)) == 0
+        assert train.main(arguments(city, tmp_path / name, "--steps", 2, "--warmup", 0, *switch)) == 0
         first_rows[name] = log_of(tmp_path / name)
     base = first_rows.pop("base")
     for name, rows in first_rows.items():
@@ -852,8 +864,10 @@ def test_a_run_is_protected(city, tmp_path, capsys):
 
 def test_a_loss_that_is_not_finite_stops_and_is_named(city, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ccdistill, "style_distill", lambda *_: torch.tensor(float("nan"), requires_grad=True))
-    assert train.main(arguments(city, tmp_path / "run", "--steps", 2)) == 2
-    assert "step 1: style is nan" in capsys.readouterr().err
+    assert train.main(arguments(city, tmp_path / "run", "--steps", 2)) == 2  # after one step of warm-up
+    assert "step 2: style is nan; batch and weights are in" in capsys.readouterr().err
+    kept = torch.load(tmp_path / "run/nonfinite.pt", weights_only=True)
+    assert kept["step"] == 2 and math.isnan(kept["losses"]["style"]) and kept["batch"]["target_night"].shape[0] == 2
 
 
 @pytest.mark.parametrize(
@@ -925,12 +939,12 @@ VAL_LABEL = "DEMO_val_frame_000000_gt_labelTrainIds.png"
         (LABEL, "delete", "no such label"),
         (LABEL, "small", "255 x 128, but"),
         (LABEL, "colour", "expected an 8-bit single-channel label"),
-        (LABEL, "value", "value 77 is no labelIds label"),
+        (LABEL, "value", "value 77 is no labelIds value"),
         (NIGHT, "delete", "no such file"),
         (NIGHT, "text", "not a readable image"),
         (DAY, "small", "255 x 128, but"),
         (VAL_LABEL, "delete", "no such label"),
-        (VAL_LABEL, "value", "value 77 is no labelTrainIds label"),
+        (VAL_LABEL, "value", "value 77 is no labelTrainIds value"),
     ],
 )
 def test_bad_files_are_named_in_one_line(tree, tmp_path, capsys, name, how, message, workers):

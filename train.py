@@ -111,7 +111,12 @@ def parse_args(argv):
     add("--js-weight", **number, default=1.0, help="of JS inside CDC; 0: not computed")
     add("--pseudo-weight", **number, default=1.0, help="of the pseudo-labels' loss; 0: not computed")
     add("--pseudo-threshold", **number, default=0.9, help="softmax that makes a pseudo-label")
-    add("--pseudo-start", **number, default=0.5, help="share of --steps after which pseudo-labels begin")
+    add(
+        "--warmup",
+        **number,
+        default=0.5,
+        help="share of --steps on S_d and S_n alone, before the targets (ours)",
+    )
     add("--no-projection", action="store_true", help="without the projection head: e is average-pooled F")
     add("--embedding-dim", **whole, default=128, help="channels of e")
 
@@ -173,7 +178,7 @@ def contradiction(args):
         return f"--scale wants 0 < MIN <= MAX, got {args.scale[0]} {args.scale[1]}"
     if not 0 <= args.jitter < 1:
         return f"--jitter wants 0 to below 1, got {args.jitter}"
-    for name in ("pseudo_threshold", "pseudo_start"):
+    for name in ("pseudo_threshold", "warmup"):
         if not 0 <= getattr(args, name) <= 1:
             return f"--{name.replace('_', '-')} wants 0 to 1, got {getattr(args, name)}"
     if args.demo and (args.cityscapes or args.darkzurich or args.acdc or args.day_only):
@@ -438,7 +443,7 @@ def train(args):
                 lr = args.lr * (1 - (step - 1) / args.steps) ** args.power
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                method.pseudo_weight = args.pseudo_weight if step > args.pseudo_start * args.steps else 0
+                method.source_only = step <= args.warmup * args.steps
                 with torch.autocast(
                     torch.device(args.device).type, torch.bfloat16, enabled=args.amp == "bf16"
                 ):
