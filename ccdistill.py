@@ -89,8 +89,8 @@ class CCDistill(nn.Module):
     def __init__(
         self,
         model,
-        night_weights="shared",
-        night_style="fda",
+        night_weights="norm",
+        night_style="color",
         night_strength=None,
         projection=True,
         embedding_dim=128,
@@ -98,7 +98,7 @@ class CCDistill(nn.Module):
         style_weight=1.0,
         js_weight=1.0,
         pseudo_weight=1.0,
-        pseudo_threshold=0.9,
+        pseudo_threshold=0.6,
         target_paired=True,
     ):
         super().__init__()

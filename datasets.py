@@ -147,13 +147,13 @@ def _walk(folder, ending):
             yield from (Path(here, name) for name in files if name.endswith(ending))
 
 
-def _same_size(*paths):
-    sizes = [size_of(path) for path in paths]
-    if len(set(sizes)) > 1:
-        raise DataError(
-            f"{paths[1]}: {sizes[1][0]} x {sizes[1][1]}, but {paths[0]} is {sizes[0][0]} x {sizes[0][1]}"
-        )
-    return sizes[0]
+def _same_size(first, *others):
+    """Raise DataError, naming both files, unless all have the size of the first."""
+    width, height = size_of(first)
+    for path in others:
+        w, h = size_of(path)
+        if (w, h) != (width, height):
+            raise DataError(f"{path}: {w} x {h}, but {first} is {width} x {height}")
 
 
 # Where each data set keeps a split: images, their names' ending, labels, the middle of their names. `{}`: the split.
@@ -185,7 +185,9 @@ def samples(layout, root, split="val", labels="labelTrainIds"):
         stem = gt_folder / image.relative_to(folder).parent / (image.name.removesuffix(ending) + middle)
         label = invalid = None
         if gt_folder.is_dir() and not reference:
-            label = next((path for path in _labels_of(stem, labels) if path.is_file()), None)
+            kinds = sorted(TABLES, key=lambda kind: kind != labels)  # the wanted one first
+            paths = (stem.with_name(f"{stem.name}_{kind}.png") for kind in kinds)
+            label = next((path for path in paths if path.is_file()), None)
             if label is None:
                 raise DataError(f"{stem}_labelIds.png: no such label (nor {stem.name}_labelTrainIds.png)")
             invalid = stem.with_name(f"{stem.name}_invIds.png")
@@ -193,12 +195,6 @@ def samples(layout, root, split="val", labels="labelTrainIds"):
         _same_size(*filter(None, (image, label, invalid)))
         found.append(Sample(image, label, invalid))
     return found
-
-
-def _labels_of(stem, first):
-    return [
-        stem.with_name(f"{stem.name}_{kind}.png") for kind in sorted(TABLES, key=lambda kind: kind != first)
-    ]
 
 
 def describe(found, root):

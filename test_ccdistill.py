@@ -785,8 +785,8 @@ def test_ablation_switches(city, tmp_path, term):
 def test_the_other_switches_change_what_they_say(city, tmp_path):
     first_rows = {}
     for name, *switch in (
-        ("base",), ("js", "--js-weight", 0), ("projection", "--no-projection"), ("style", "--night-style", "color"),
-        ("pairs", "--pairs", "none"), ("norm", "--night-weights", "norm"), ("bf16", "--amp", "bf16"),
+        ("base",), ("js", "--js-weight", 0), ("projection", "--no-projection"), ("style", "--night-style", "fda"),
+        ("pairs", "--pairs", "none"), ("shared", "--night-weights", "shared"), ("bf16", "--amp", "bf16"),
         ("jitter", "--jitter", 0.5), ("sgd", "--optimizer", "sgd"), ("warmup", "--warmup", 0.5),
     ):  # fmt: skip
         assert train.main(arguments(city, tmp_path / name, "--steps", 2, "--warmup", 0, *switch)) == 0
@@ -798,7 +798,9 @@ def test_the_other_switches_change_what_they_say(city, tmp_path):
     assert [t for t in train.TERMS if first_rows["js"][0][t] != base[0][t]] == ["content", "total"]
 
 
-@pytest.mark.parametrize("more", [[], ["--night-weights", "norm"], ["--optimizer", "sgd", "--workers", "2"]])
+@pytest.mark.parametrize(
+    "more", [[], ["--night-weights", "separate"], ["--optimizer", "sgd", "--workers", "2"]]
+)
 def test_resume_is_exact(city, tmp_path, more):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train.main(arguments(city, whole, "--steps", 5, *more, "--eval-every", 2)) == 0
@@ -867,7 +869,11 @@ def test_a_loss_that_is_not_finite_stops_and_is_named(city, tmp_path, capsys, mo
     assert train.main(arguments(city, tmp_path / "run", "--steps", 2)) == 2  # after one step of warm-up
     assert "step 2: style is nan; batch and weights are in" in capsys.readouterr().err
     kept = torch.load(tmp_path / "run/nonfinite.pt", weights_only=True)
-    assert kept["step"] == 2 and math.isnan(kept["losses"]["style"]) and kept["batch"]["target_night"].shape[0] == 2
+    assert (
+        kept["step"] == 2
+        and math.isnan(kept["losses"]["style"])
+        and kept["batch"]["target_night"].shape[0] == 2
+    )
 
 
 @pytest.mark.parametrize(

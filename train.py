@@ -12,6 +12,7 @@ report last.pt), OUT/log.csv, OUT/args.json and OUT/samples.png (night image | p
 import argparse
 import contextlib
 import csv
+import functools
 import io
 import json
 import math
@@ -94,29 +95,19 @@ def parse_args(argv):
     add("--output-stride", **whole, choices=(8, 16), default=16, help="of the features")
     add("--head", choices=models.HEADS, default="aspp", help="of DeepLab v3 or v2")
     add("--weights", default="none", help="none, imagenet (IMAGENET1K_V1, downloaded) or a state dict's file")
-    add(
-        "--input-format",
-        choices=tuple(models.INPUT_FORMATS),
-        default="imagenet",
-        help="that --weights expect",
-    )
-    add("--night-weights", choices=ccdistill.NIGHT_WEIGHTS, default="shared", help="what of M_d M_n shares")
+    add("--input-format", choices=tuple(models.INPUT_FORMATS), default="imagenet", help="of --weights")
+    add("--night-weights", choices=ccdistill.NIGHT_WEIGHTS, default="norm", help="M_n: M_d's, but norms, own")
 
     add = parser.add_argument_group("method").add_argument
     add("--day-only", action="store_true", help="the baseline: train on S_d and its labels alone")
-    add("--night-style", choices=ccdistill.NIGHT_STYLES, default="fda", help="how S_n is made")
+    add("--night-style", choices=ccdistill.NIGHT_STYLES, default="color", help="how S_n is made")
     add("--night-strength", **number, help=f"of the style; None: {ccdistill.STRENGTH}")
     add("--content-weight", **number, default=1.0, help="of CDC; 0: not computed")
     add("--style-weight", **number, default=1.0, help="of CDS; 0: not computed")
-    add("--js-weight", **number, default=1.0, help="of JS inside CDC; 0: not computed")
+    add("--js-weight", **number, default=0.1, help="of JS inside CDC; 0: not computed")
     add("--pseudo-weight", **number, default=1.0, help="of the pseudo-labels' loss; 0: not computed")
-    add("--pseudo-threshold", **number, default=0.9, help="softmax that makes a pseudo-label")
-    add(
-        "--warmup",
-        **number,
-        default=0.5,
-        help="share of --steps on S_d and S_n alone, before the targets (ours)",
-    )
+    add("--pseudo-threshold", **number, default=0.6, help="softmax that makes a pseudo-label")
+    add("--warmup", **number, default=0.75, help="share of --steps before the targets join (ours)")
     add("--no-projection", action="store_true", help="without the projection head: e is average-pooled F")
     add("--embedding-dim", **whole, default=128, help="channels of e")
 
@@ -160,16 +151,8 @@ def contradiction(args):
     for name in ("steps", "batch_size", "embedding_dim", "eval_every", "save_every", "log_every", "lr"):
         if not getattr(args, name) > 0:
             return f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}"
-    for name in (
-        "workers",
-        "skip_broken",
-        "content_weight",
-        "style_weight",
-        "js_weight",
-        "pseudo_weight",
-        "weight_decay",
-        "power",
-    ):
+    weights = ("content_weight", "style_weight", "js_weight", "pseudo_weight", "weight_decay")
+    for name in ("workers", "skip_broken", "power", *weights):
         if not getattr(args, name) >= 0:
             return f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}"
     if min(args.crop) < 32:
@@ -315,12 +298,10 @@ def build(args):
         target_paired=args.pairs != "none",
     ).to(args.device, memory_format=torch.channels_last)
     if args.optimizer == "sgd":
-        optimizer = torch.optim.SGD(
-            method.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay
-        )
+        kind = functools.partial(torch.optim.SGD, momentum=0.9)
     else:
-        optimizer = torch.optim.AdamW(method.parameters(), args.lr, weight_decay=args.weight_decay)
-    return method, optimizer
+        kind = torch.optim.AdamW
+    return method, kind(method.parameters(), args.lr, weight_decay=args.weight_decay)
 
 
 def day_only(method, batch):
