@@ -25,11 +25,11 @@ def night_style(day, night, method="fda", strength=None):
     """The figure's "Trans": the light of `night` on the content of `day`; no trained network (our choice).
 
     fda: the lowest spatial frequencies take the night's amplitude and keep their phase (Yang & Soatto, CVPR
-    2020); strength is the paper's beta, the half-width of the exchanged window as a share of the shorter side.
-    color: each RGB channel takes the night's mean and standard deviation (after Reinhard et al., 2001, who did it
-    in another colour space); strength blends from 0 (day) to 1.
-    day: (B, 3, H, W), night: (B or 1, 3, any, any), float RGB in [0, 1]. Returns (B, 3, H, W) float32 in [0, 1].
-    Raises ValueError on an unknown method or shapes that do not match.
+    2020); strength is the paper's beta, the half-width of the exchanged window as a share of the shorter
+    side. color: each RGB channel takes the night's mean and standard deviation (after Reinhard et al., 2001,
+    who did it in another colour space); strength blends from 0 (day) to 1. day: (B, 3, H, W), night: (B or 1,
+    3, any, any), float RGB in [0, 1]. Returns (B, 3, H, W) float32 in [0, 1]. Raises ValueError on an unknown
+    method or shapes that do not match.
     """
     if method not in NIGHT_STYLES:
         raise ValueError(f"night style must be one of {NIGHT_STYLES}, got {method!r}")
@@ -118,9 +118,9 @@ class CCDistill(nn.Module):
         return features.mean((2, 3)) if self.projection is None else self.projection(features)
 
     def forward(self, batch):
-        """batch: source_day, target_day, target_night, optionally source_night, each (B, 3, H, W) float RGB in
-        [0, 1], and source_label (B, H, W) int64. Returns scalars: seg_day, seg_night, pseudo, content, style
-        (unweighted) and total."""
+        """batch: source_day, target_day, target_night, optionally source_night, each (B, 3, H, W) float RGB
+        in [0, 1], and source_label (B, H, W) int64. Returns scalars: seg_day, seg_night, pseudo, content,
+        style (unweighted) and total."""
         source_day, label = batch["source_day"], batch["source_label"]
         target_day, target_night = batch["target_day"], batch["target_night"]
         source_night = batch.get("source_night")
@@ -159,8 +159,8 @@ class CCDistill(nn.Module):
         return losses
 
     def pseudo(self, p_td, p_tn):
-        """L_pseudo: the targets learn from their own confident predictions; with paired targets the day has its
-        say in the night's static classes. Logits (B, K, H, W). Returns a scalar."""
+        """L_pseudo: the targets learn from their own confident predictions; with paired targets the day has
+        its say in the night's static classes. Logits (B, K, H, W). Returns a scalar."""
         day = pseudo_labels(p_td, threshold=self.pseudo_threshold)
         night = pseudo_labels(p_tn, p_td if self.target_paired else None, threshold=self.pseudo_threshold)
         return segmentation_loss(p_td, day) + segmentation_loss(p_tn, night)

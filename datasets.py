@@ -1,7 +1,9 @@
-"""Files in, tensors out: Cityscapes, Dark Zurich, ACDC, Nighttime Driving, and a demo city drawn in the same layouts. Knows no model.
+"""Files in, tensors out: Cityscapes, Dark Zurich, ACDC, Nighttime Driving, and a demo city drawn in the same
+layouts. Knows no model.
 
-Images leave as (3, H, W) uint8 RGB, labels as (H, W) uint8 trainIds with 255 = ignore: the device makes floats of
-them. What is wrong with files raises DataError, whose one line names the file and what was expected there.
+Images leave as (3, H, W) uint8 RGB, labels as (H, W) uint8 trainIds with 255 = ignore: the device makes
+floats of them. What is wrong with files raises DataError, whose one line names the file and what was expected
+there.
 """
 
 import collections
@@ -64,11 +66,12 @@ def one_line(error):
 
 
 def colourise(labels):
-    """(..., H, W) uint8 or int64 trainIds -> (..., 3, H, W) uint8 in the Cityscapes colours, ignore in black."""
+    """(..., H, W) uint8 or int64 trainIds -> (..., 3, H, W) uint8 in the Cityscapes colours, ignore in
+    black."""
     return PALETTE[labels.long().cpu()].movedim(-1, -3)
 
 
-# ---- files -------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def size_of(path):
@@ -156,7 +159,7 @@ def _same_size(first, *others):
             raise DataError(f"{path}: {w} x {h}, but {first} is {width} x {height}")
 
 
-# Where each data set keeps a split: images, their names' ending, labels, the middle of their names. `{}`: the split.
+# Where each data set keeps a split, {}: images, their names' ending, labels, the middle of their names.
 LAYOUTS = {
     "cityscapes": ("leftImg8bit/{}", "_leftImg8bit.png", "gtFine/{}", "_gtFine"),
     "darkzurich": ("rgb_anon/{}/night", "_rgb_anon.png", "gt/{}/night", "_gt"),
@@ -170,9 +173,9 @@ Sample = collections.namedtuple("Sample", "image label invalid", defaults=(None,
 
 
 def samples(layout, root, split="val", labels="labelTrainIds"):
-    """[Sample] of paths of a split, checked for counterparts and sizes; label and invalid (gt_invIds) are None
-    where the data set has none for the split. `labels`: the kind that is read where a folder holds both. The days
-    of *_ref splits have no labels. Raises DataError."""
+    """[Sample] of paths of a split, checked for counterparts and sizes; label and invalid (gt_invIds) are
+    None where the data set has none for the split. `labels`: the kind that is read where a folder holds both.
+    The days of *_ref splits have no labels. Raises DataError."""
     folder, ending, gt_folder, middle = LAYOUTS[layout]
     reference = split.endswith("_ref")
     if reference and layout == "darkzurich":
@@ -238,11 +241,12 @@ def synthetic_nights(root, source):
 
 
 def targets(layout, root, pairs="corresp"):
-    """(day images, night images) of "darkzurich" or "acdc" train. No label is read: Dark Zurich has no gt/train.
+    """(day images, night images) of "darkzurich" or "acdc" train. No label is read: Dark Zurich has no
+    gt/train.
 
     pairs: "corresp": element i of both lists shows the same place, by Dark Zurich's corresp/train/night/**/
-    *_ref_day.csv or ACDC's names; the path of a csv of that form (Dark Zurich only); or "none": all days and all
-    nights, unrelated. Raises DataError.
+    *_ref_day.csv or ACDC's names; the path of a csv of that form (Dark Zurich only); or "none": all days and
+    all nights, unrelated. Raises DataError.
     """
     images = Path(root, "rgb_anon")
     if layout == "acdc":
@@ -271,7 +275,8 @@ def targets(layout, root, pairs="corresp"):
 
 
 def _read_pairs(table, images):
-    """Yield (night, day) paths of one csv of NIGHT,DAY lines: stems relative to `images`, which they may not leave."""
+    """Yield (night, day) paths of one csv of NIGHT,DAY lines: stems relative to `images`, which they may not
+    leave."""
     try:
         rows = list(csv.reader(table.read_text("utf-8-sig").splitlines()))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -287,12 +292,12 @@ def _read_pairs(table, images):
         yield tuple(images / f"{stem.removesuffix('_rgb_anon.png')}_rgb_anon.png" for stem in stems)
 
 
-# ---- tensors -----------------------------------------------------------------------------------------------------
+# ---- tensors -----------------------------------------------------------------------------------------------
 
 
 class Images(torch.utils.data.Dataset):
-    """[Sample] -> dict of name (the file's stem), image (3, H, W), label (H, W) trainIds and invalid (H, W) 0 or 1,
-    all uint8; the last two only where the sample has them."""
+    """[Sample] -> dict of name (the file's stem), image (3, H, W), label (H, W) trainIds and invalid (H, W) 0
+    or 1, all uint8; the last two only where the sample has them."""
 
     def __init__(self, found):
         self.samples = found
@@ -311,12 +316,14 @@ class Images(torch.utils.data.Dataset):
 
 
 class FourDomains(torch.utils.data.Dataset):
-    """The training stream: item k holds source_day, source_label, target_day, target_night and, where `synthetic`
-    paths are given, source_night; uint8, all `crop` = (H, W); and broken, what was wrong with files left out.
+    """The training stream: item k holds source_day, source_label, target_day, target_night and, where
+    `synthetic` paths are given, source_night; uint8, all `crop` = (H, W); and broken, what was wrong with
+    files left out.
 
-    Everything random about item k comes from (seed, k) alone, k counting samples from the first step on: loader
-    workers and resumed runs see the same items. source: [Sample]; days, nights: paths, paired if `paired`.
-    scale: range of the resizing before the crop. jitter: range of brightness, contrast and saturation, S_d only.
+    Everything random about item k comes from (seed, k) alone, k counting samples from the first step on:
+    loader workers and resumed runs see the same items. source: [Sample]; days, nights: paths, paired if
+    `paired`. scale: range of the resizing before the crop. jitter: range of brightness, contrast and
+    saturation, S_d only.
     """
 
     def __init__(self, source, days, nights, crop, paired=True, synthetic=None, scale=(0.5, 1.0), jitter=0.0,
@@ -373,8 +380,9 @@ def _order(length, key):
 
 
 def random_crop(size, crop, scale, rng):
-    """Draw one random scale, crop and flip for images of `size` (width, height); returns the function that applies
-    them to a Pillow image and gives a (C, H, W) uint8 tensor, so that whatever belongs together is cut alike."""
+    """Draw one random scale, crop and flip for images of `size` (width, height); returns the function that
+    applies them to a Pillow image and gives a (C, H, W) uint8 tensor, so that whatever belongs together is
+    cut alike."""
     (width, height), (crop_height, crop_width) = size, crop
     least = max(crop_height / height, crop_width / width)  # smaller, and the crop would not be filled
     factor = rng.uniform(max(scale[0], least), max(scale[1], least))
@@ -391,22 +399,23 @@ def random_crop(size, crop, scale, rng):
     return cut
 
 
-# ---- the demo city -----------------------------------------------------------------------------------------------
+# ---- the demo city -----------------------------------------------------------------------------------------
 
 DEMO_SIZE = (256, 128)
 # Palettes (trainId -> base colour) and cameras of the two cities: they differ as data sets do.
 DEMO_PALETTES = {
-    "source": {0: (105, 103, 106), 1: (160, 150, 150), 2: (150, 140, 128), 3: (120, 118, 112), 8: (72, 105, 55),
-               9: (120, 145, 80), 10: (190, 212, 232), 11: (130, 60, 60), 13: (60, 80, 140)},
-    "target": {0: (86, 84, 80), 1: (128, 122, 110), 2: (158, 112, 88), 3: (140, 130, 110), 8: (95, 108, 45),
-               9: (128, 128, 66), 10: (208, 214, 216), 11: (70, 70, 105), 13: (130, 50, 45)},
+    "source": {0: (105, 103, 106), 1: (160, 150, 150), 2: (150, 140, 128), 3: (120, 118, 112),
+               8: (72, 105, 55), 9: (120, 145, 80), 10: (190, 212, 232), 11: (130, 60, 60), 13: (60, 80, 140)},
+    "target": {0: (86, 84, 80), 1: (128, 122, 110), 2: (158, 112, 88), 3: (140, 130, 110),
+               8: (95, 108, 45), 9: (128, 128, 66), 10: (208, 214, 216), 11: (70, 70, 105), 13: (130, 50, 45)},
 }  # fmt: skip
 DEMO_HORIZON = {"source": 0.42, "target": 0.5}
 
 
 def draw_street(city, place, moment):
     """Draw a street of the demo `city` ("source" or "target"): `place` fixes what stands still, `moment` what
-    moves. Returns (RGB image by even daylight, trainId label, lights), lights being [(x, y, radius, colour)]."""
+    moves. Returns (RGB image by even daylight, trainId label, lights), lights being [(x, y, radius,
+    colour)]."""
     width, height = DEMO_SIZE
     rng, palette = random.Random(f"{city} {place}"), DEMO_PALETTES[city]
     image, label = Image.new("RGB", DEMO_SIZE), Image.new("L", DEMO_SIZE, IGNORE)
@@ -450,9 +459,9 @@ def draw_street(city, place, moment):
     )
     paint(0, "polygon", [(near[0], horizon), (near[1], horizon), (right, height), (left, height)])
     for t in (0.08, 0.2, 0.4, 0.7):  # lane markings are road
-        y, s = horizon + t * (height - horizon), t * 3
-        canvas.polygon([(vanish - s, y), (vanish + s, y), (vanish + 1.4 * s, y + 9 * t), (vanish - 1.4 * s, y + 9 * t)],
-                       fill=(205, 205, 200))  # fmt: skip
+        y, s, w = horizon + t * (height - horizon), 3 * t, 4.2 * t
+        corners = [(vanish - s, y), (vanish + s, y), (vanish + w, y + 9 * t), (vanish - w, y + 9 * t)]
+        canvas.polygon(corners, fill=(205, 205, 200))
     for side in (-1, 1):  # lamp posts and signs along the kerb
         for t in (0.12, 0.3, 0.62):
             x = vanish + side * (6 + t * (right - vanish) * rng.uniform(0.95, 1.2))
@@ -491,7 +500,8 @@ def draw_street(city, place, moment):
 
 
 def photograph(image, lights, city, night, key):
-    """Photograph a drawn street: sun by day; by night darkness, lamps with glare, and a noisy, soft sensor."""
+    """Photograph a drawn street: sun by day; by night darkness, lamps with glare, and a noisy, soft
+    sensor."""
     rng = random.Random(f"camera {city} {key}")
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
     width, height = DEMO_SIZE
@@ -522,8 +532,9 @@ def photograph(image, lights, city, night, key):
 
 
 def make_demo_city(root, train=160, val=24):
-    """Write the demo city: ROOT/cityscapes (labelled source days) and ROOT/darkzurich (unlabelled target days and
-    nights with a true pair list; labelled val nights), in the layouts of the real ones. Always the same pixels."""
+    """Write the demo city: ROOT/cityscapes (labelled source days) and ROOT/darkzurich (unlabelled target days
+    and nights with a true pair list; labelled val nights), in the layouts of the real ones. Always the same
+    pixels."""
     root = Path(root)
 
     def save(image, *parts):

@@ -7,8 +7,8 @@
     python evaluate.py --checkpoint runs/last.pt --images street.jpg folder --out predictions
 
 Scores come from one integer count over all pixels of all images, each at its own size. IoU, mIoU and pixel
-accuracy are percentages; `miou` leaves out classes with neither label nor prediction, as cityscapesScripts does,
-and `miou_present` also those without label. A class that does not occur has no IoU: n/a, not 0.
+accuracy are percentages; `miou` leaves out classes with neither label nor prediction, as cityscapesScripts
+does, and `miou_present` also those without label. A class that does not occur has no IoU: n/a, not 0.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def to_float(images, device):
     return images.to(device, non_blocking=True).float() / 255
 
 
-# ---- checkpoints -------------------------------------------------------------------------------------------------
+# ---- checkpoints -------------------------------------------------------------------------------------------
 
 
 def read_checkpoint(path):
@@ -68,8 +68,9 @@ def read_checkpoint(path):
 
 
 def load_model(path, which="night", device="cpu", input_format="imagenet"):
-    """(DeepLab in eval mode, description): M_n ("night") or M_d ("day") of a last.pt or best.pt, or the network of
-    a public file (torchvision, AdaptSegNet, DANNet; output stride 8), whose input_format nothing in it tells.
+    """(DeepLab in eval mode, description): M_n ("night") or M_d ("day") of a last.pt or best.pt, or the
+    network of a public file (torchvision, AdaptSegNet, DANNet; output stride 8), whose input_format nothing
+    in it tells.
 
     The projection head is neither built nor loaded. Raises ValueError in one line."""
     state = models.read_state(path)
@@ -99,7 +100,7 @@ def load_model(path, which="night", device="cpu", input_format="imagenet"):
     return model.to(device, memory_format=torch.channels_last).eval(), description
 
 
-# ---- predictions -------------------------------------------------------------------------------------------------
+# ---- predictions -------------------------------------------------------------------------------------------
 
 
 def probabilities(model, images, scales=(1.0,), flip=False, window=None):
@@ -143,8 +144,8 @@ def _in_windows(model, images, window):
 
 @torch.no_grad()
 def predictions(model, found, device, workers=0, **views):
-    """Yield (item of datasets.Images, prediction (H, W) int64, confidence (H, W)), the last two on the device, one
-    image at a time; `views`: scales, flip and window of `probabilities`."""
+    """Yield (item of datasets.Images, prediction (H, W) int64, confidence (H, W)), the last two on the
+    device, one image at a time; `views`: scales, flip and window of `probabilities`."""
     training = model.training
     model.eval()
     loader = torch.utils.data.DataLoader(
@@ -158,7 +159,7 @@ def predictions(model, found, device, workers=0, **views):
     model.train(training)
 
 
-# ---- scores ------------------------------------------------------------------------------------------------------
+# ---- scores ------------------------------------------------------------------------------------------------
 
 
 def count(label, prediction, num_classes, confidence=None, invalid=None):
@@ -195,8 +196,9 @@ def scores(matrix):
 def uncertainty_scores(counts):
     """(2, 21, K, K) counts -> dict of uiou (percent, one per THRESHOLDS) and auiou, their mean.
 
-    UIoU (Sakaridis et al., ICCV 2019), per class (TP + TI) / (TP + TI + FP + FN + FI): a pixel below the threshold
-    is declared invalid, rightly so (TI) where gt_invIds says 1, else wrongly (FI); the others count as usual."""
+    UIoU (Sakaridis et al., ICCV 2019), per class (TP + TI) / (TP + TI + FP + FN + FI): a pixel below the
+    threshold is declared invalid, rightly so (TI) where gt_invIds says 1, else wrongly (FI); the others count
+    as usual."""
     counts, uiou = counts.cpu(), []
     for n in range(len(THRESHOLDS)):
         kept, declared = counts[:, n + 1 :].sum((0, 1)), counts[:, : n + 1].sum((1, 3))
@@ -211,8 +213,8 @@ def _number(value):
 
 
 def evaluate(model, found, device, workers=0, each=None, uiou=False, **views):
-    """Scores of a model on [Sample], an empty dict where they have no labels; each(item, prediction, confidence)
-    is called for every image; uiou: with uncertainty scores, for samples with gt_invIds."""
+    """Scores of a model on [Sample], an empty dict where they have no labels; each(item, prediction,
+    confidence) is called for every image; uiou: with uncertainty scores, for samples with gt_invIds."""
     classes, counts = len(datasets.NAMES), None
     for item, prediction, confidence in predictions(model, found, device, workers, **views):
         if "label" in item:
@@ -242,7 +244,7 @@ def table(result):
     return "\n".join(f"{name:14} {percent(value)}" for name, value in rows.items())
 
 
-# ---- files -------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def write_prediction(folder, item, prediction):
@@ -265,8 +267,9 @@ def write_prediction(folder, item, prediction):
 class Submission:
     """A zip for a test server, written as FILE.tmp, checked, and then named FILE.
 
-    Dark Zurich: labelTrainIds/, labelTrainIds_invalid/ (the same) and confidence/ (16 bit, 65535 times the largest
-    softmax) at its top, names beginning with SEQ_frame_NNNNNN. Cityscapes: labelIds, one PNG an image."""
+    Dark Zurich: labelTrainIds/, labelTrainIds_invalid/ (the same) and confidence/ (16 bit, 65535 times the
+    largest softmax) at its top, names beginning with SEQ_frame_NNNNNN. Cityscapes: labelIds, one PNG an
+    image."""
 
     def __init__(self, path, layout, found):
         self.path, self.layout, self.found = Path(path), layout, found
@@ -314,8 +317,8 @@ class Submission:
 
 
 def export(model, path):
-    """Write the network with torch.export, batch, height and width dynamic: torch.export.load(path).module() maps
-    float RGB images (B, 3, H, W) in [0, 1] to (features, logits) without any file of ours."""
+    """Write the network with torch.export, batch, height and width dynamic: torch.export.load(path).module()
+    maps float RGB images (B, 3, H, W) in [0, 1] to (features, logits) without any file of ours."""
     dims = {
         0: torch.export.Dim("batch", min=1),
         2: torch.export.Dim("height", min=32),
@@ -329,7 +332,7 @@ def export(model, path):
     print(f"{path}: exported")
 
 
-# ---- the command -------------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -397,7 +400,9 @@ def contradiction(args):
     if args.images and not args.out:
         return "--images has nothing to score: give --out DIR for the predictions"
     if args.submit and layout not in SIZES:
-        return "--submit is for the test servers of Dark Zurich and Cityscapes; elsewhere --out writes the folders"
+        return (
+            "--submit is for Dark Zurich's and Cityscapes' test servers; elsewhere --out writes the folders"
+        )
     if min(args.scales) <= 0 or args.workers < 0 or (args.window and min(args.window) < 32):
         return "--scales must be positive, --workers not negative, --window at least 32 x 32"
     return device_problem(args.device)

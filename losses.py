@@ -1,4 +1,5 @@
-"""The equations of CCDistill (Gao, Guo, Wang, Zhang, CVPR 2022, arXiv 2205.00858). Torch only: vendor this file.
+"""The equations of CCDistill (Gao, Guo, Wang, Zhang, CVPR 2022, arXiv 2205.00858). Torch only: vendor this
+file.
 
     from losses import content_distill, style_distill
 
@@ -37,7 +38,8 @@ def full_precision(function):
 
 
 def _same_shape(dims=None, **tensors):
-    """Raise ValueError, naming every shape, unless all agree in their first `dims` dimensions (None: in all)."""
+    """Raise ValueError, naming every shape, unless all agree in their first `dims` dimensions (None: in
+    all)."""
     if len({tuple(t.shape[:dims]) for t in tensors.values()}) > 1:
         shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
         raise ValueError(f"{'shapes' if dims is None else 'batch and channels'} must agree: {shapes}")
@@ -53,10 +55,11 @@ def _unit_rows(x):
 
 @full_precision
 def correlation(a, b):
-    """Cor(a, b): cosine similarities between all samples of two domains (the figure's fully connected graphs).
+    """Cor(a, b): cosine similarities between all samples of two domains (the figure's fully connected
+    graphs).
 
-    a, b: (B, ...), equal shapes, flattened from dimension 1. Returns (2B, 2B): row i < B is a[i], row B + i is
-    b[i]. A sample that is all zero correlates 0 with everything, itself included, and gets zero gradient.
+    a, b: (B, ...), equal shapes, flattened from dimension 1. Returns (2B, 2B): row i < B is a[i], row B + i
+    is b[i]. A sample that is all zero correlates 0 with everything, itself included, and gets zero gradient.
     Raises ValueError if the shapes differ, have fewer than two dimensions, or hold no value.
     """
     _same_shape(a=a, b=b)
@@ -82,7 +85,8 @@ def gram(features):
 def js_divergence(p, q):
     """D: Jensen-Shannon divergence of softmax(p) and softmax(q), sample i with sample i, mean over the batch.
 
-    p, q: (B, D) logits of equal shape. Returns a scalar in [0, ln 2] (nats). Raises ValueError if shapes differ.
+    p, q: (B, D) logits of equal shape. Returns a scalar in [0, ln 2] (nats). Raises ValueError if shapes
+    differ.
     """
     _same_shape(p=p, q=q)
     log_p, log_q = p.log_softmax(1), q.log_softmax(1)
@@ -96,13 +100,14 @@ def js_divergence(p, q):
 def content_distill(
     e_source_day, e_source_night, e_target_day, e_target_night, js_weight=1.0, target_paired=True
 ):
-    """L_CDC, cross-domain content distillation: a difference of one kind has one degree wherever it is measured.
+    """L_CDC, cross-domain content distillation: a difference of one kind has one degree wherever it is
+    measured.
 
     Four embeddings (B, D) of one shape. Returns the scalar
         mse(Cor(S_d, T_d), Cor(S_n, T_n)) + mse(Cor(S_d, S_n), Cor(T_d, T_n)) + js_weight * JS
     with JS = D(S_d, S_n) + D(T_d, T_n) - D(S_d, T_n) - D(S_n, T_d), the figure's red and green arcs.
-    js_weight 0 leaves JS uncomputed; target_paired=False (T_d and T_n show different places) leaves D(T_d, T_n)
-    out. Raises ValueError, naming the shapes, if they differ.
+    js_weight 0 leaves JS uncomputed; target_paired=False (T_d and T_n show different places) leaves D(T_d,
+    T_n) out. Raises ValueError, naming the shapes, if they differ.
     """
     s_d, s_n, t_d, t_n = e_source_day, e_source_night, e_target_day, e_target_night
     _same_shape(e_source_day=s_d, e_source_night=s_n, e_target_day=t_d, e_target_night=t_n)
@@ -121,8 +126,8 @@ def content_distill(
 def style_distill(f_source_day, f_source_night, f_target_day, f_target_night):
     """L_CDS, cross-domain style distillation: mse(Cor(G_Sd, G_Sn), Cor(G_Td, G_Tn)), G the Gram matrix of F.
 
-    Four feature maps (B, C, H, W) with the same B and C; H and W may differ between domains. Returns a scalar.
-    Raises ValueError, naming the shapes, if batch or channels differ.
+    Four feature maps (B, C, H, W) with the same B and C; H and W may differ between domains. Returns a
+    scalar. Raises ValueError, naming the shapes, if batch or channels differ.
     """
     s_d, s_n, t_d, t_n = f_source_day, f_source_night, f_target_day, f_target_night
     _same_shape(dims=2, f_source_day=s_d, f_source_night=s_n, f_target_day=t_d, f_target_night=t_n)
@@ -146,9 +151,9 @@ def pseudo_labels(night_logits, day_logits=None, threshold=0.9, num_static=11, i
     """Confident predictions as labels (the figure's L_pseudo; how they are chosen is our reading).
 
     night_logits, day_logits: (B, K, H, W). Returns (B, H, W) int64: the most probable class where its softmax
-    reaches `threshold`, `ignore_index` elsewhere. With day logits of the same place, the mean of both softmaxes
-    speaks for the static classes (below `num_static`), as in DANNet (CVPR 2021); the others, which move, keep the
-    night's alone. Raises ValueError, naming the shapes, if they differ.
+    reaches `threshold`, `ignore_index` elsewhere. With day logits of the same place, the mean of both
+    softmaxes speaks for the static classes (below `num_static`), as in DANNet (CVPR 2021); the others, which
+    move, keep the night's alone. Raises ValueError, naming the shapes, if they differ.
     """
     probabilities = night_logits.softmax(1)
     if day_logits is not None:

@@ -16,7 +16,7 @@ BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 HEADS = ("aspp", "deeplabv2")
 ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}  # DeepLab v3 (Chen et al., 2017), by output stride
 V2_RATES = (6, 12, 18, 24)  # DeepLab v2 (Chen et al., 2016)
-# Channel order, scale, mean and std: of torchvision, DANNet and most others; of the Caffe models and AdaptSegNet.
+# Channel order, scale, mean, std: of torchvision, DANNet and most others; of Caffe and AdaptSegNet.
 INPUT_FORMATS = {
     "imagenet": ((0, 1, 2), 1, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "caffe": ((2, 1, 0), 255, (104.00698793, 116.66876762, 122.67891434), (1, 1, 1)),
@@ -49,7 +49,8 @@ class PooledNorm(nn.BatchNorm2d):
 
 def as_deeplab_v2(resnet):
     """Turn a Bottleneck ResNet, in place, into the one of the public DeepLab v2 files: stride in the first
-    convolution of a block, ceil-mode pooling, and every block of layer3 and layer4 dilated alike, the first too."""
+    convolution of a block, ceil-mode pooling, and every block of layer3 and layer4 dilated alike, the first
+    too."""
     resnet.maxpool.ceil_mode = True
     resnet.layer2[0].conv1.stride, resnet.layer2[0].conv2.stride = (2, 2), (1, 1)
     for layer, dilation in ((resnet.layer3, 2), (resnet.layer4, 4)):
@@ -59,14 +60,16 @@ def as_deeplab_v2(resnet):
 
 
 class DeepLab(nn.Module):
-    """A dilated ResNet under atrous spatial pyramid pooling, out of torchvision's parts and with its key names.
+    """A dilated ResNet under atrous spatial pyramid pooling, out of torchvision's parts and with its key
+    names.
 
-    backbone: one of BACKBONES. output_stride: 8 or 16. head: "aspp" (DeepLab v3, torchvision's `deeplabv3_*`), or
-    "deeplabv2" (a sum of dilated classifiers on layer4, as AdaptSegNet and DANNet have it; resnet50 or resnet101,
-    output stride 8). weights: "none", "imagenet" (torchvision's IMAGENET1K_V1, downloaded on first use) or the
-    path of a state dict (see `load_weights`). input_format: what the weights expect, "imagenet" or "caffe" (BGR
-    0-255 minus a mean, AdaptSegNet's); images are RGB in [0, 1] all the same. branches: how many of the dilated
-    classifiers are summed (a multi-level v2 file sets it to 2). Raises ValueError on what it does not know.
+    backbone: one of BACKBONES. output_stride: 8 or 16. head: "aspp" (DeepLab v3, torchvision's
+    `deeplabv3_*`), or "deeplabv2" (a sum of dilated classifiers on layer4, as AdaptSegNet and DANNet have it;
+    resnet50 or resnet101, output stride 8). weights: "none", "imagenet" (torchvision's IMAGENET1K_V1,
+    downloaded on first use) or the path of a state dict (see `load_weights`). input_format: what the weights
+    expect, "imagenet" or "caffe" (BGR 0-255 minus a mean, AdaptSegNet's); images are RGB in [0, 1] all the
+    same. branches: how many of the dilated classifiers are summed (a multi-level v2 file sets it to 2).
+    Raises ValueError on what it does not know.
     """
 
     def __init__(self, backbone="resnet18", num_classes=19, output_stride=16, head="aspp", weights="none",
@@ -82,7 +85,7 @@ class DeepLab(nn.Module):
                 raise ValueError(f"{name} must be one of {known}, got {value!r}")
         if head == "deeplabv2" and (output_stride != 8 or backbone not in ("resnet50", "resnet101")):
             raise ValueError(
-                f"head deeplabv2 needs resnet50 or resnet101 at output_stride 8, not {backbone} at {output_stride}"
+                f"head deeplabv2 needs resnet50 or 101 at output_stride 8, not {backbone} at {output_stride}"
             )
         # What a checkpoint needs in order to build this model again.
         self.architecture = {"backbone": backbone, "num_classes": num_classes, "output_stride": output_stride}
@@ -111,9 +114,9 @@ class DeepLab(nn.Module):
     def forward(self, images, upsample=True):
         """images: (B, 3, H, W) float RGB in [0, 1], H and W at least 32; normalised here.
 
-        Returns features F (B, feature_channels, h, w), what the classifier sees, and logits (B, num_classes, H,
-        W), or (B, num_classes, h, w) with upsample=False; h is about H / output_stride. Raises ValueError on
-        other shapes.
+        Returns features F (B, feature_channels, h, w), what the classifier sees, and logits (B, num_classes,
+        H, W), or (B, num_classes, h, w) with upsample=False; h is about H / output_stride. Raises ValueError
+        on other shapes.
         """
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 32:
             raise ValueError(f"expected images (B, 3, H, W), H and W at least 32, got {tuple(images.shape)}")
@@ -146,7 +149,8 @@ class ProjectionHead(nn.Module):
 
 
 def read_state(path):
-    """The content of a torch file, read on the CPU without running code from it. Raises ValueError in one line."""
+    """The content of a torch file, read on the CPU without running code from it. Raises ValueError in one
+    line."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -159,7 +163,8 @@ def read_state(path):
 
 
 def torchvision_keys(state):
-    """The public files' keys in the words of this model, which are torchvision's: `backbone.*`, `classifier.*`.
+    """The public files' keys in the words of this model, which are torchvision's: `backbone.*`,
+    `classifier.*`.
 
     DeepLab v2 files have layer6 (fed by layer4), beside an unused layer5, or layer5 alone (single-level).
     """
@@ -196,10 +201,10 @@ def read_weights(path):
 def load_weights(model, weights, strict=False):
     """Initialise a DeepLab from "none", "imagenet" or the path of a state dict.
 
-    A path may hold a DeepLab or torchvision segmentation state dict, a DeepLab v2 of AdaptSegNet or DANNet, an
-    ImageNet ResNet's (the head then starts from scratch) or a checkpoint of train.py (its M_n). A classifier for
-    another number of classes is left out with one printed line, unless `strict`, which also wants a head. Anything
-    else that does not fit raises ValueError naming the keys.
+    A path may hold a DeepLab or torchvision segmentation state dict, a DeepLab v2 of AdaptSegNet or DANNet,
+    an ImageNet ResNet's (the head then starts from scratch) or a checkpoint of train.py (its M_n). A
+    classifier for another number of classes is left out with one printed line, unless `strict`, which also
+    wants a head. Anything else that does not fit raises ValueError naming the keys.
     """
     if weights == "none":
         return
@@ -235,8 +240,8 @@ def load_weights(model, weights, strict=False):
 
 
 def architecture_of(state):
-    """Backbone, head and classes of a public segmentation state dict (`read_weights`), all at output stride 8.
-    Raises ValueError if it has no head."""
+    """Backbone, head and classes of a public segmentation state dict (`read_weights`), all at output stride
+    8. Raises ValueError if it has no head."""
     layer3 = len({key.split(".")[2] for key in state if key.startswith("backbone.layer3.")})
     bottleneck = "backbone.layer3.0.conv3.weight" in state
     name = {(2, False): "resnet18", (6, False): "resnet34", (6, True): "resnet50", (23, True): "resnet101"}

@@ -45,7 +45,7 @@ def seeded():
     torch.manual_seed(0)
 
 
-# ---- losses against loops written from the formulas --------------------------------------------------------------
+# ---- losses against loops written from the formulas --------------------------------------------------------
 
 
 def slow_correlation(a, b):
@@ -233,14 +233,15 @@ def test_losses_can_be_vendored():
     code = (
         "import sys; sys.path = [p for p in sys.path if p not in ('', '.')]; exec(open(sys.argv[1]).read());"
     )
-    code += "print(float(content_distill(*[torch.eye(2)] * 4)), 'torchvision' in sys.modules, 'PIL' in sys.modules)"
+    code += "print(float(content_distill(*[torch.eye(2)] * 4)));"
+    code += "print('torchvision' in sys.modules, 'PIL' in sys.modules)"
     out = subprocess.run(
         [sys.executable, "-c", code, HERE / "losses.py"], capture_output=True, text=True, cwd="/", check=False
     )
     assert out.stdout.split()[1:] == ["False", "False"], out.stderr
 
 
-# ---- networks ----------------------------------------------------------------------------------------------------
+# ---- networks ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backbone", models.BACKBONES)
@@ -348,7 +349,7 @@ def test_imagenet_weights_come_from_torchvisions_enum_and_only_when_asked(monkey
     assert torch.equal(model.backbone.conv1.weight, resnet.conv1.weight)
 
 
-# ---- the method --------------------------------------------------------------------------------------------------
+# ---- the method --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ccdistill.NIGHT_STYLES)
@@ -471,7 +472,7 @@ def test_pseudo_labels_use_the_day_only_where_targets_are_paired(monkeypatch):
     assert seen == [False, True, False, False]
 
 
-# ---- files -------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -650,7 +651,7 @@ def test_the_demo_city_is_the_same_every_time_and_hard(city, tmp_path):
     assert len(classes - {255}) >= 9
 
 
-# ---- scores ------------------------------------------------------------------------------------------------------
+# ---- scores ------------------------------------------------------------------------------------------------
 
 
 def test_scores_are_counted_pixel_by_pixel():
@@ -678,7 +679,7 @@ def test_scores_are_counted_pixel_by_pixel():
     assert evaluate.scores(torch.zeros(19, 19, dtype=torch.int64))["miou"] is None
 
 
-# ---- the commands ------------------------------------------------------------------------------------------------
+# ---- the commands ------------------------------------------------------------------------------------------
 
 TINY = ["--crop", "64", "96", "--batch-size", "2", "--workers", "0", "--device", "cpu"]
 
@@ -1010,7 +1011,7 @@ def test_the_demo_compares_day_only_with_the_method(tmp_path, capsys, monkeypatc
     assert "step 2/2" not in capsys.readouterr().out
 
 
-# ---- broken files, killed runs, long runs ------------------------------------------------------------------------
+# ---- broken files, killed runs, long runs ------------------------------------------------------------------
 
 FULL = bool(os.environ.get("CCDISTILL_FULL"))  # the long counts: 25 kills, 2,000 steps
 
@@ -1347,7 +1348,7 @@ def test_the_worker_count_does_not_change_a_bit(city, tmp_path):
     assert_same(*(state_of(tmp_path / w / "last.pt")["model"] for w in ("0", "2")))
 
 
-# ---- public weights, every benchmark, the servers ----------------------------------------------------------------
+# ---- public weights, every benchmark, the servers ----------------------------------------------------------
 
 
 class V2Block(nn.Module):
@@ -1402,7 +1403,8 @@ class V2(nn.Module):
 
 
 def calm(network):
-    """Random networks explode; small last norms keep a hundred layers within reason, and norms not trivial."""
+    """Random networks explode; small last norms keep a hundred layers within reason, and norms not
+    trivial."""
     for name, module in network.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.1, 0.3 if name.endswith("bn3") else 1)

@@ -1,12 +1,12 @@
 """Train a night segmenter from labelled days and unlabelled nights.
 
-    python train.py --demo                                                 no data needed, minutes on a laptop
-    python train.py --cityscapes DIR --darkzurich DIR                      the method
-    python train.py --cityscapes DIR --darkzurich DIR --day-only           the baseline: labelled days, nothing else
-    python train.py --cityscapes DIR --darkzurich DIR --resume             go on from OUT/last.pt
+    python train.py --demo                                           no data needed, minutes on a laptop
+    python train.py --cityscapes DIR --darkzurich DIR                the method
+    python train.py --cityscapes DIR --darkzurich DIR --day-only     the baseline: labelled days alone
+    python train.py --cityscapes DIR --darkzurich DIR --resume       go on from OUT/last.pt
 
-Writes OUT/last.pt (everything, to resume from), OUT/best.pt (what inference needs; chosen on labelled nights, so
-report last.pt), OUT/log.csv, OUT/args.json and OUT/samples.png (night image | prediction | label).
+Writes OUT/last.pt (everything, to resume from), OUT/best.pt (what inference needs; chosen on labelled nights,
+so report last.pt), OUT/log.csv, OUT/args.json and OUT/samples.png (night image | prediction | label).
 """
 
 import argparse
@@ -230,7 +230,7 @@ def batches(stream, start, args):
         num_workers=args.workers,
         worker_init_fn=quiet_worker,
         pin_memory=args.device.startswith("cuda"),
-        generator=torch.Generator(),  # of its own: starting a loader must not advance the training's randomness
+        generator=torch.Generator(),  # of its own: a loader's start must not advance the global one
     )
     for batch in loader:
         label = batch.pop("source_label").to(args.device, non_blocking=True).long()
@@ -334,7 +334,8 @@ def full_state(args, step, method, optimizer, best, skipped):
 
 
 def resume(args, method, optimizer):
-    """Load a last.pt into method, optimizer and random state; returns its (step, best score, skipped files)."""
+    """Load a last.pt into method, optimizer and random state; returns its (step, best score, skipped
+    files)."""
     path = Path(args.out, "last.pt") if args.resume is True else Path(args.resume)
     state = evaluate.read_checkpoint(path)
     if "optimizer" not in state:
@@ -399,8 +400,8 @@ def report(args, step, rate, values):
     """The progress line."""
     left = int((args.steps - step) / rate)
     terms = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-    print(f"step {step}/{args.steps}  {rate:.2f}/s  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left  {terms}",
-          flush=True)  # fmt: skip
+    left = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+    print(f"step {step}/{args.steps}  {rate:.2f}/s  {left} left  {terms}", flush=True)
 
 
 def train(args):
@@ -484,7 +485,8 @@ def check_finite(values, step, batch, method, out):
 
 
 def demo(args):
-    """Draw the demo city, train day-only and CCDistill on it for the same number of steps, compare them at night."""
+    """Draw the demo city, train day-only and CCDistill on it for the same number of steps, compare them at
+    night."""
     out, results = Path(args.out), {}
     city = out / "city"
     if not (city / "darkzurich" / "corresp").is_dir():  # the last thing to be written
