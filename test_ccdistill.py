@@ -786,8 +786,8 @@ def test_ablation_switches(city, tmp_path, term):
 def test_the_other_switches_change_what_they_say(city, tmp_path):
     first_rows = {}
     for name, *switch in (
-        ("base",), ("js", "--js-weight", 0), ("projection", "--no-projection"), ("style", "--night-style", "fda"),
-        ("pairs", "--pairs", "none"), ("shared", "--night-weights", "shared"), ("bf16", "--amp", "bf16"),
+        ("base",), ("js", "--js-weight", 0), ("projection", "--no-projection"),
+        ("style", "--night-style", "fda"), ("pairs", "--pairs", "none"), ("shared", "--night-weights", "shared"), ("bf16", "--amp", "bf16"),
         ("jitter", "--jitter", 0.5), ("sgd", "--optimizer", "sgd"), ("warmup", "--warmup", 0.5),
     ):  # fmt: skip
         assert train.main(arguments(city, tmp_path / name, "--steps", 2, "--warmup", 0, *switch)) == 0
@@ -1295,6 +1295,16 @@ def test_files_from_strangers_are_one_line_each(small_city, tmp_path, capsys):
         )
         errors = capsys.readouterr().err
         assert errors.count("\n") == 1 and (str(path) in errors), errors
+
+
+def test_a_checkpoint_that_is_damaged_inside_is_told(small_city, tmp_path, capsys):
+    command = arguments(small_city, tmp_path / "run", "--steps", 1, "--crop", 32, 32)
+    assert train.main(command) == 0
+    path = tmp_path / "run/last.pt"
+    torch.save(state_of(path) | {"model": {}}, path)
+    assert train.main([*command, "--resume"]) == 2
+    errors = capsys.readouterr().err
+    assert f"{path}: damaged checkpoint (" in errors and errors.count("\n") == 1
 
 
 def resident(pid):

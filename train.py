@@ -333,9 +333,8 @@ def full_state(args, step, method, optimizer, best, skipped):
     }
 
 
-def resume(args, method, optimizer):
-    """Load a last.pt into method, optimizer and random state; returns its (step, best score, skipped
-    files)."""
+def resumable(args):
+    """The content of the last.pt that --resume names, if it is of this very run. Raises ValueError."""
     path = Path(args.out, "last.pt") if args.resume is True else Path(args.resume)
     state = evaluate.read_checkpoint(path)
     if "optimizer" not in state:
@@ -347,15 +346,22 @@ def resume(args, method, optimizer):
         raise ValueError(f"{path}: another run: {'; '.join(changes)}")
     if args.steps < state["step"]:
         raise ValueError(f"{path}: is at step {state['step']} already, --steps is {args.steps}")
+    return state | {"path": path}
+
+
+def restore(state, method, optimizer):
+    """Put a last.pt's content back into its places; returns its (step, best score, files skipped)."""
     try:
         method.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] and args.device.startswith("cuda"):
+        if state["cuda_rng"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         return state["step"], state["best"], state["skipped"]
-    except (RuntimeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged checkpoint ({' '.join(str(error).split())[:200]})") from None
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{state['path']}: damaged checkpoint ({' '.join(str(error).split())[:200]})"
+        ) from None
 
 
 def open_log(path, step):
@@ -409,10 +415,11 @@ def train(args):
     out = Path(args.out)
     if (out / "last.pt").exists() and not args.resume:
         raise ValueError(f"{out / 'last.pt'}: exists; go on with --resume or choose another --out")
+    state = resumable(args) if args.resume else None
     torch.manual_seed(args.seed)
     stream, validation = load_data(args)
     method, optimizer = build(args)
-    start, best, skipped = resume(args, method, optimizer) if args.resume else (0, -1.0, 0)
+    start, best, skipped = restore(state, method, optimizer) if state else (0, -1.0, 0)
     out.mkdir(parents=True, exist_ok=True)
     (out / "args.json").write_text(json.dumps(vars(args), indent=1))
     method.train()
