@@ -787,7 +787,8 @@ def test_the_other_switches_change_what_they_say(city, tmp_path):
     first_rows = {}
     for name, *switch in (
         ("base",), ("js", "--js-weight", 0), ("projection", "--no-projection"),
-        ("style", "--night-style", "fda"), ("pairs", "--pairs", "none"), ("shared", "--night-weights", "shared"), ("bf16", "--amp", "bf16"),
+        ("style", "--night-style", "fda"),
+        ("pairs", "--pairs", "none"), ("shared", "--night-weights", "shared"), ("bf16", "--amp", "bf16"),
         ("jitter", "--jitter", 0.5), ("sgd", "--optimizer", "sgd"), ("warmup", "--warmup", 0.5),
     ):  # fmt: skip
         assert train.main(arguments(city, tmp_path / name, "--steps", 2, "--warmup", 0, *switch)) == 0
