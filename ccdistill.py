@@ -46,8 +46,8 @@ def night_style(day, night, method="fda", strength=None):
     with torch.autocast(day.device.type, enabled=False):
         day, night = day.float(), night.float()
         if method == "color":
-            std, mean = torch.std_mean(day, (2, 3), keepdim=True)
-            night_std, night_mean = torch.std_mean(night, (2, 3), keepdim=True)
+            std, mean = torch.std_mean(day, (2, 3), keepdim=True, correction=0)
+            night_std, night_mean = torch.std_mean(night, (2, 3), keepdim=True, correction=0)
             styled = torch.lerp(day, (day - mean) / std.clamp(min=1e-5) * night_std + night_mean, strength)
         else:
             height, width = day.shape[2:]

@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torchvision.transforms.v2 import functional as TF
 
 IGNORE = 255
@@ -84,6 +84,7 @@ def open_image(path):
     image = _decode(path)
     if image.mode not in ("RGB", "RGBA", "P", "L"):
         raise DataError(f"{path}: expected an 8-bit RGB image, found mode {image.mode}")
+    ImageOps.exif_transpose(image, in_place=True)  # a phone's picture as people see it
     return image.convert("RGB")
 
 
@@ -117,7 +118,7 @@ def _opened(path, use):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:  # Pillow has stranger ones
                 return use(image)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
@@ -204,11 +205,12 @@ def describe(found, root):
     """What `samples` found and where, as one line for the log."""
     if not found[0].label:
         return f"{len(found)} images, no labels, in {root}"
-    kind = found[0].label.stem.rpartition("_")[2]
+    kinds = collections.Counter(sample.label.stem.rpartition("_")[2] for sample in found)
+    kind, label = next(iter(kinds)), found[0].label
     other = next(name for name in TABLES if name != kind)
-    both = found[0].label.with_name(found[0].label.name.replace(kind, other)).is_file()
+    both = label.with_name(label.name.replace(kind, other)).is_file()
     also = f" ({other} are there too: --labels {other} reads them)" if both else ""
-    return f"{len(found)} images with {kind}{also} in {root}"
+    return f"{len(found)} images, {', '.join(f'{n} {name}' for name, n in kinds.items())}{also}, in {root}"
 
 
 def pictures(paths):

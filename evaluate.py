@@ -12,8 +12,11 @@ does, and `miou_present` also those without label. A class that does not occur h
 """
 
 import argparse
+import copy
 import io
 import json
+import math
+import signal
 import sys
 import zipfile
 from pathlib import Path
@@ -49,6 +52,12 @@ def device_problem(device):
     return None
 
 
+def quiet_worker(_):
+    """Loader workers leave Ctrl-C and SIGTERM to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def to_float(images, device):
     """uint8 images on the CPU -> float32 in [0, 1] on the device."""
     return images.to(device, non_blocking=True).float() / 255
@@ -57,9 +66,8 @@ def to_float(images, device):
 # ---- checkpoints -------------------------------------------------------------------------------------------
 
 
-def read_checkpoint(path):
-    """The dict that train.py saved. Raises ValueError in one line for anything else."""
-    state = models.read_state(path)
+def checked(state, path):
+    """A dict that train.py saved. Raises ValueError in one line for anything else."""
     if not isinstance(state, dict) or "architecture" not in state or "model" not in state:
         raise ValueError(f"{path}: not a checkpoint of train.py")
     if state.get("format") != FORMAT:
@@ -75,28 +83,21 @@ def load_model(path, which="night", device="cpu", input_format="imagenet"):
     The projection head is neither built nor loaded. Raises ValueError in one line."""
     state = models.read_state(path)
     if isinstance(state, dict) and "architecture" in state:
-        state = read_checkpoint(path)
+        state, own = checked(state, path), f"{which}."
         try:
-            model = models.DeepLab(**state["architecture"])
-            own = {
-                k.removeprefix(f"{which}."): v for k, v in state["model"].items() if k.startswith(f"{which}.")
-            }
-            model.load_state_dict(own)
+            model = models.DeepLab(**state["architecture"] | {"weights": "none"})
+            model.load_state_dict(
+                {k.removeprefix(own): v for k, v in state["model"].items() if k.startswith(own)}
+            )
         except (TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path}: damaged checkpoint ({' '.join(str(error).split())[:200]})") from None
         description = {name: state.get(name) for name in ("architecture", "args", "step")}
     else:
-        try:
-            architecture = models.architecture_of(models.read_weights(path))
-        except ValueError as error:
-            raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
-        if architecture["num_classes"] != len(datasets.NAMES):
-            raise ValueError(
-                f"{path}: predicts {architecture['num_classes']} classes, scores need the 19 of Cityscapes"
-            )
-        model = models.DeepLab(**architecture, input_format=input_format)
+        model = models.DeepLab(**models.architecture_of(path), input_format=input_format)
         models.load_weights(model, path, strict=True)
         description = {"architecture": model.architecture}
+    if (classes := model.architecture["num_classes"]) != len(datasets.NAMES):
+        raise ValueError(f"{path}: predicts {classes} classes, scores need the 19 of Cityscapes")
     return model.to(device, memory_format=torch.channels_last).eval(), description
 
 
@@ -149,7 +150,11 @@ def predictions(model, found, device, workers=0, **views):
     training = model.training
     model.eval()
     loader = torch.utils.data.DataLoader(
-        datasets.Images(found), batch_size=None, num_workers=workers, generator=torch.Generator()
+        datasets.Images(found),
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=quiet_worker,
+        generator=torch.Generator(),
     )
     for item in loader:
         confidence, prediction = probabilities(model, to_float(item["image"][None], device), **views)[0].max(
@@ -273,6 +278,11 @@ class Submission:
 
     def __init__(self, path, layout, found):
         self.path, self.layout, self.found = Path(path), layout, found
+        for sample in found:
+            if datasets.size_of(sample.image) != SIZES[layout]:
+                raise datasets.DataError(
+                    f"{sample.image}: the server wants {SIZES[layout]}, width and height"
+                )
         self.aside = Path(f"{path}.tmp")
         self.zip = zipfile.ZipFile(self.aside, "w")
 
@@ -294,8 +304,17 @@ class Submission:
             self.zip.writestr(entry, file.getvalue())
 
     def close(self):
-        """Open the zip again and check that every image has its entries. Raises ValueError in one line."""
+        """Open the zip again, check that every image has its entries, and name it. Raises ValueError."""
         self.zip.close()
+        try:
+            entries = self.check()
+        except ValueError:
+            self.aside.unlink()
+            raise
+        self.aside.replace(self.path)
+        print(f"{self.path}: {entries} entries for {len(self.found)} images, checked")
+
+    def check(self):
         with zipfile.ZipFile(self.aside) as packed:
             names, wanted = packed.namelist(), {}
             for sample in self.found:
@@ -312,22 +331,24 @@ class Submission:
                         raise ValueError(
                             f"{self.path}: {entry} is {image.mode} {image.size}, or holds unknown values"
                         )
-        self.aside.replace(self.path)
-        print(f"{self.path}: {len(wanted)} entries for {len(self.found)} images, checked")
+        return len(wanted)
 
 
 def export(model, path):
     """Write the network with torch.export, batch, height and width dynamic: torch.export.load(path).module()
     maps float RGB images (B, 3, H, W) in [0, 1] to (features, logits) without any file of ours."""
+    model = copy.deepcopy(model).cpu()  # a program remembers its device, and a CPU is everywhere
     dims = {
         0: torch.export.Dim("batch", min=1),
         2: torch.export.Dim("height", min=32),
         3: torch.export.Dim("width", min=32),
     }
-    device = model.mean.device
-    program = torch.export.export(
-        model, (torch.rand(2, 3, 64, 96, device=device),), dynamic_shapes={"images": dims}
-    )
+    try:
+        program = torch.export.export(model, (torch.rand(2, 3, 64, 96),), dynamic_shapes={"images": dims})
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path}: torch.export cannot follow this network ({datasets.one_line(error)})"
+        ) from None
     torch.export.save(program, path)
     print(f"{path}: exported")
 
@@ -354,7 +375,7 @@ def parse_args(argv):
     for layout in datasets.LAYOUTS:
         data.add_argument(f"--{layout}", metavar="DIR", help="predict and score its --split")
     data.add_argument("--images", nargs="+", metavar="PATH", help="predict pictures and folders of pictures")
-    add("--split", help="of the data set; None: val, for nighttime-driving test")
+    add("--split", help="of the data set; None: val, for nighttime-driving and --submit test")
     add(
         "--labels",
         choices=tuple(datasets.TABLES),
@@ -399,11 +420,20 @@ def contradiction(args):
         )
     if args.images and not args.out:
         return "--images has nothing to score: give --out DIR for the predictions"
+    if args.submit and args.split not in (None, "test"):
+        return f"--submit is for the test split, not {args.split}"
+    for path in filter(None, (args.json, args.submit, args.export)):
+        if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
+            return f"{path}: not a file in a folder that exists"
     if args.submit and layout not in SIZES:
         return (
             "--submit is for Dark Zurich's and Cityscapes' test servers; elsewhere --out writes the folders"
         )
-    if min(args.scales) <= 0 or args.workers < 0 or (args.window and min(args.window) < 32):
+    if (
+        not all(0 < scale < math.inf for scale in args.scales)
+        or args.workers < 0
+        or (args.window and min(args.window) < 32)
+    ):
         return "--scales must be positive, --workers not negative, --window at least 32 x 32"
     return device_problem(args.device)
 
@@ -412,7 +442,7 @@ def run(args):
     layout, root = chosen(args)
     found, where = [], f"{layout} {root}"
     if layout:
-        split = args.split or ("test" if layout == "nighttime-driving" else "val")
+        split = args.split or ("test" if args.submit or layout == "nighttime-driving" else "val")
         found = datasets.samples(layout, root, split, args.labels)
         print(f"{layout} {split}: {datasets.describe(found, root)}", flush=True)
     elif args.images:
@@ -452,6 +482,8 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         run(args)
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OSError) as error:
         print(f"evaluate.py: error: {datasets.one_line(error)}", file=sys.stderr)
         return 2

@@ -45,12 +45,17 @@ def _same_shape(dims=None, **tensors):
         raise ValueError(f"{'shapes' if dims is None else 'batch and channels'} must agree: {shapes}")
 
 
+def _scaled(x):
+    """Each sample divided by its largest value: correlations do not see it, and squares cannot overflow."""
+    largest = x.detach().flatten(1).abs().amax(1).view(-1, *[1] * (x.ndim - 1))
+    return x / largest.masked_fill(largest == 0, 1)
+
+
 def _unit_rows(x):
     """(N, D): each row divided by its L2 norm. A zero row stays zero and passes no gradient."""
-    largest = x.detach().abs().amax(1, keepdim=True)
-    x = x / largest.masked_fill(largest == 0, 1)  # the square of a large value would overflow
+    x = _scaled(x)
     length = x.norm(dim=1, keepdim=True)
-    return x * torch.where(largest == 0, 0, 1 / length.masked_fill(largest == 0, 1))
+    return x * torch.where(length == 0, 0, 1 / length.masked_fill(length == 0, 1))
 
 
 @full_precision
@@ -131,7 +136,7 @@ def style_distill(f_source_day, f_source_night, f_target_day, f_target_night):
     """
     s_d, s_n, t_d, t_n = f_source_day, f_source_night, f_target_day, f_target_night
     _same_shape(dims=2, f_source_day=s_d, f_source_night=s_n, f_target_day=t_d, f_target_night=t_n)
-    g_sd, g_sn, g_td, g_tn = (gram(f) for f in (s_d, s_n, t_d, t_n))
+    g_sd, g_sn, g_td, g_tn = (gram(_scaled(f)) for f in (s_d, s_n, t_d, t_n))
     return F.mse_loss(correlation(g_sd, g_sn), correlation(g_td, g_tn))
 
 

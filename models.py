@@ -16,10 +16,10 @@ BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 HEADS = ("aspp", "deeplabv2")
 ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}  # DeepLab v3 (Chen et al., 2017), by output stride
 V2_RATES = (6, 12, 18, 24)  # DeepLab v2 (Chen et al., 2016)
-# Channel order, scale, mean, std: of torchvision, DANNet and most others; of Caffe and AdaptSegNet.
+# Scale, mean, std: of torchvision, DANNet and most others; of Caffe and AdaptSegNet, whose channels are BGR.
 INPUT_FORMATS = {
-    "imagenet": ((0, 1, 2), 1, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "caffe": ((2, 1, 0), 255, (104.00698793, 116.66876762, 122.67891434), (1, 1, 1)),
+    "imagenet": (1, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "caffe": (255, (104.00698793, 116.66876762, 122.67891434), (1, 1, 1)),
 }
 
 
@@ -51,7 +51,8 @@ def as_deeplab_v2(resnet):
     """Turn a Bottleneck ResNet, in place, into the one of the public DeepLab v2 files: stride in the first
     convolution of a block, ceil-mode pooling, and every block of layer3 and layer4 dilated alike, the first
     too."""
-    resnet.maxpool.ceil_mode = True
+    # ceil_mode=True in other words, which torch.export can follow: behind a ReLU, zeros never win.
+    resnet.maxpool = nn.Sequential(nn.ConstantPad2d((0, 1, 0, 1), 0.0), nn.MaxPool2d(3, 2, 1))
     resnet.layer2[0].conv1.stride, resnet.layer2[0].conv2.stride = (2, 2), (1, 1)
     for layer, dilation in ((resnet.layer3, 2), (resnet.layer4, 4)):
         dilate([layer])
@@ -105,7 +106,7 @@ class DeepLab(nn.Module):
             self.classifier[0].convs[-1][2] = PooledNorm(256)
         # All but avgpool and fc.
         self.backbone = nn.Sequential(OrderedDict(list(resnet.named_children())[:-2]))
-        self.channel_order, self.scale, mean, std = INPUT_FORMATS[input_format]
+        self.scale, mean, std = INPUT_FORMATS[input_format]
         # Not in the state dict: torchvision's files do not have them.
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -120,7 +121,8 @@ class DeepLab(nn.Module):
         """
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 32:
             raise ValueError(f"expected images (B, 3, H, W), H and W at least 32, got {tuple(images.shape)}")
-        features = self.backbone((images[:, self.channel_order] * self.scale - self.mean) / self.std)
+        images = images.flip(1) if self.architecture["input_format"] == "caffe" else images
+        features = self.backbone((images * self.scale - self.mean) / self.std)
         if self.architecture["head"] == "deeplabv2":
             logits = sum(conv(features) for conv in self.classifier)
         else:
@@ -193,7 +195,10 @@ def read_weights(path):
     """The state dict in a file, in torchvision's words. Raises ValueError in one line."""
     state = read_state(path)
     state = state.get("model", state.get("state_dict", state)) if isinstance(state, dict) else None
-    if not isinstance(state, dict) or not state or not all(torch.is_tensor(v) for v in state.values()):
+    named = isinstance(state, dict) and all(
+        isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()
+    )
+    if not named or not state:
         raise ValueError(f"{path}: holds no state dict (names and tensors)")
     return torchvision_keys(state)
 
@@ -239,15 +244,16 @@ def load_weights(model, weights, strict=False):
     model.load_state_dict(state, strict=False)
 
 
-def architecture_of(state):
-    """Backbone, head and classes of a public segmentation state dict (`read_weights`), all at output stride
-    8. Raises ValueError if it has no head."""
-    layer3 = len({key.split(".")[2] for key in state if key.startswith("backbone.layer3.")})
-    bottleneck = "backbone.layer3.0.conv3.weight" in state
-    name = {(2, False): "resnet18", (6, False): "resnet34", (6, True): "resnet50", (23, True): "resnet101"}
-    heads = [key for key in ("classifier.4.weight", "classifier.0.weight") if key in state]
-    if (layer3, bottleneck) not in name or not heads:
-        raise ValueError("neither a DeepLab v3 nor a DeepLab v2 state dict with its classifier")
-    head = "aspp" if heads[0] == "classifier.4.weight" else "deeplabv2"
-    known = {"backbone": name[layer3, bottleneck], "num_classes": len(state[heads[0]])}
-    return known | {"output_stride": 8, "head": head}
+def architecture_of(path):
+    """What a public segmentation file holds, as arguments of DeepLab; all are at output stride 8. Raises
+    ValueError if it is none with a ResNet-50 or 101 and a classifier."""
+    state = read_weights(path)
+    depth = len({key.split(".")[2] for key in state if key.startswith("backbone.layer3.")})
+    name = {6: "resnet50", 23: "resnet101"}.get(depth if "backbone.layer3.0.conv3.weight" in state else None)
+    heads = {"classifier.4.weight": "aspp", "classifier.0.weight": "deeplabv2"}
+    last = next((key for key in heads if key in state), None)
+    if name is None or last is None:
+        raise ValueError(
+            f"{path}: neither a DeepLab v3 nor v2 state dict (ResNet-50 or 101, with its classifier)"
+        )
+    return {"backbone": name, "num_classes": len(state[last]), "output_stride": 8, "head": heads[last]}

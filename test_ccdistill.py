@@ -172,6 +172,9 @@ def test_half_inputs_equal_their_float32_copies_even_under_autocast(dtype, scale
         assert got.dtype == torch.float32 and got.isfinite().all()
         assert torch.equal(got, expected) and torch.equal(got_full, expected)
     assert losses.correlation(rand(2, 3), rand(2, 3)).dtype == torch.float64
+    huge = [(1e20 * rand(2, 4, 3, 3)).to(torch.bfloat16).requires_grad_() for _ in range(4)]
+    losses.style_distill(*huge).backward()
+    assert all(f.grad.isfinite().all() for f in huge)
     big = torch.full((1, 64), 1e30)
     torch.testing.assert_close(losses.correlation(big, big), torch.ones(2, 2))
 
@@ -713,7 +716,9 @@ def assert_same(a, b):
 
 def test_train_save_evaluate(city, tmp_path, capsys):
     out = tmp_path / "run"
-    assert train.main(arguments(city, out, "--steps", 30, "--lr", 1e-3, "--eval-every", 15)) == 0
+    assert (
+        train.main(arguments(city, out, "--steps", 30, "--lr", 1e-3, "--eval-every", 15, "--warmup", 0)) == 0
+    )
     assert {p.name for p in out.iterdir()} == {"args.json", "best.pt", "last.pt", "log.csv", "samples.png"}
     rows = log_of(out)
     assert len(rows) == 30 and rows[14]["miou"] and not rows[13]["miou"]
@@ -730,13 +735,14 @@ def test_train_save_evaluate(city, tmp_path, capsys):
     assert "optimizer" in last and "optimizer" not in best
 
     scores = {}
-    for name, *more in (("last", "--model", "night"), ("best",), ("last", "--model", "day")):
+    for name, *more in (("last", "--model", "day"), ("best",), ("last", "--model", "night")):
         command = ["--checkpoint", str(out / f"{name}.pt"), "--darkzurich", str(city / "darkzurich"), *more]
         command += ["--json", str(tmp_path / "s.json"), "--out", str(tmp_path / "p"), "--device", "cpu"]
         assert evaluate.main(command) == 0
         scores[name] = json.loads((tmp_path / "s.json").read_text())
     assert scores["last"]["miou"] == pytest.approx(float(rows[-1]["miou"]))
-    assert scores["last"]["images"] == 3 and scores["last"]["args"]["model"] == "day"
+    assert scores["last"]["images"] == 3 and scores["last"]["args"]["model"] == "night"
+    assert scores["best"]["miou_present"] == pytest.approx(max(float(r["miou_present"] or 0) for r in rows))
     assert scores["last"]["iou"]["train"] is None or scores["last"]["iou"]["train"] == 0
     stem = "DEMO_val_frame_000000_rgb_anon"
     prediction = Image.open(tmp_path / "p/labelTrainIds" / f"{stem}.png")
@@ -886,7 +892,10 @@ def test_a_loss_that_is_not_finite_stops_and_is_named(city, tmp_path, capsys, mo
         (["--crop", "16", "64"], "--crop must be at least 32 x 32"),
         (["--scale", "1", "0.5"], "--scale wants"),
         (["--content-weight", "-1"], "--content-weight must not be negative"),
-        (["--lr", "nan"], "--lr must be positive"),
+        (["--lr", "nan"], "--lr must be a finite number"),
+        (["--lr", "inf"], "--lr must be a finite number"),
+        (["--night-strength", "-1"], "--night-strength must not be negative"),
+        (["--day-only", "--synthetic-night", "x"], "leave --synthetic-night out"),
         (["--demo"], "--demo draws its own data"),
         (["--backbone", "vgg"], "invalid choice"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
@@ -1279,6 +1288,16 @@ def test_files_from_strangers_are_one_line_each(small_city, tmp_path, capsys):
         "other architecture": lambda path: torch.save(
             state | {"architecture": {"backbone": "resnet50", "output_stride": 16}}, path
         ),
+        "another class number": lambda path: torch.save(
+            state | {"architecture": state["architecture"] | {"num_classes": 21}}, path
+        ),
+        "a path inside": lambda path: torch.save(
+            state | {"architecture": state["architecture"] | {"weights": "/etc/passwd", "head": "x"}}, path
+        ),
+        "numbered keys": lambda path: torch.save({0: torch.ones(1)}, path),
+        "no args": lambda path: torch.save(
+            {k: v for k, v in state.items() if k not in ("args", "model")}, path
+        ),
         "no architecture": lambda path: torch.save(state | {"architecture": {"backbone": "vgg"}}, path),
         "a list": lambda path: torch.save([1], path),
         "a folder": lambda path: path.mkdir(),
@@ -1322,7 +1341,7 @@ def resident(pid):
 def test_a_long_run_does_not_grow_and_leaves_no_worker(small_city, tmp_path):
     early, late = (200, 2000) if FULL else (60, 200)
     more = ["--crop", 32, 32, "--batch-size", 1, "--steps", 10000, "--log-every", 1, "--workers", 2]
-    more += ["--save-every", 100000, "--eval-every", early // 2]
+    more += ["--save-every", 100000, "--eval-every", early // 2 + 7]  # no validation at either moment
     run = subprocess.Popen(
         command(small_city, tmp_path / "run", *more), env=ONE_THREAD, stdout=subprocess.PIPE, text=True
     )
@@ -1433,7 +1452,7 @@ def test_deeplab_v2_files_give_their_logits(tmp_path, multi_level, input_format)
     options = {"output_stride": 8, "head": "deeplabv2", "input_format": input_format}
     ours = models.DeepLab("resnet101", **options, weights=path).eval()
     if input_format == "imagenet":
-        x = (images - torch.tensor(models.INPUT_FORMATS["imagenet"][2]).view(1, 3, 1, 1)) / ours.std
+        x = (images - torch.tensor(models.INPUT_FORMATS["imagenet"][1]).view(1, 3, 1, 1)) / ours.std
     else:
         mean = torch.tensor([104.00698793, 116.66876762, 122.67891434])
         x = images.flip(1) * 255 - mean.view(1, 3, 1, 1)
@@ -1688,7 +1707,7 @@ def test_submissions(checkpoint, tmp_path, capsys, monkeypatch):
             root, f"rgb_anon/test/night/GOPR0364/GOPR0364_frame_00000{n}_rgb_anon.png", value=(9, 9, 40)
         )
         picture_file(root, f"leftImg8bit/test/berlin/berlin_00000{n}_000019_leftImg8bit.png")
-    evaluated(checkpoint, tmp_path, "--darkzurich", root, "--split", "test", "--submit", file)
+    evaluated(checkpoint, tmp_path, "--darkzurich", root, "--submit", file)  # the test split, what else
     assert "6 entries for 2 images, checked" in capsys.readouterr().out
     with zipfile.ZipFile(file) as packed:
         kinds = {"labelTrainIds": "L", "labelTrainIds_invalid": "L", "confidence": "I;16"}
@@ -1715,8 +1734,13 @@ def test_submissions(checkpoint, tmp_path, capsys, monkeypatch):
     before = file.read_bytes()  # what does not pass the check does not take the file's name
     monkeypatch.setattr(evaluate, "SIZES", {"darkzurich": (1920, 1080)})
     assert evaluated(checkpoint, tmp_path, "--darkzurich", root, "--split", "test", "--submit", file) == 2
-    assert "labelTrainIds/GOPR0364_frame_000001.png is L (64, 48)" in capsys.readouterr().err
-    assert file.read_bytes() == before
+    assert "GOPR0364_frame_000001_rgb_anon.png: the server wants (1920, 1080)" in capsys.readouterr().err
+    assert file.read_bytes() == before and not Path(f"{file}.tmp").exists()
+    monkeypatch.setattr(evaluate, "SIZES", {"darkzurich": (64, 48)})
+    monkeypatch.setattr(evaluate.Submission, "add", lambda *_: None)  # a prediction that gets lost
+    assert evaluated(checkpoint, tmp_path, "--darkzurich", root, "--submit", file) == 2
+    assert "missing or too many" in capsys.readouterr().err
+    assert file.read_bytes() == before and not Path(f"{file}.tmp").exists()
 
 
 def test_export_runs_without_our_files(checkpoint, tmp_path):
@@ -1753,6 +1777,11 @@ print("same")"""
         (["--darkzurich", "x", "--window", "8", "8"], "--window at least 32 x 32"),
         (["--darkzurich", "x", "--acdc", "y"], "not allowed with argument"),
         (["--darkzurich", "x", "--device", "abacus"], "--device abacus"),
+        (
+            ["--darkzurich", "x", "--submit", "s.zip", "--split", "val"],
+            "--submit is for the test split, not val",
+        ),
+        (["--darkzurich", "x", "--json", "no/such/folder/s.json"], "not a file in a folder that exists"),
     ],
 )
 def test_nonsense_for_evaluate_is_refused_in_one_line(capsys, more, message):
@@ -1760,3 +1789,12 @@ def test_nonsense_for_evaluate_is_refused_in_one_line(capsys, more, message):
         evaluate.main(["--checkpoint", "x.pt", *more])
     errors = capsys.readouterr().err
     assert refused.value.code == 2 and message in errors and errors.count("\n") == 1
+
+
+def test_the_v2_head_can_be_exported_too(tmp_path):
+    model = models.DeepLab("resnet50", output_stride=8, head="deeplabv2").eval()
+    evaluate.export(model, tmp_path / "v2.pt2")
+    images = torch.rand(1, 3, 65, 90)
+    with torch.no_grad():
+        got = torch.export.load(tmp_path / "v2.pt2").module()(images)[1]
+        torch.testing.assert_close(got, model(images)[1], rtol=1e-3, atol=1e-3 * got.abs().max().item())

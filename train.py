@@ -112,7 +112,7 @@ def parse_args(argv):
     add("--embedding-dim", **whole, default=128, help="channels of e")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--steps", **whole, default=50000, help="length of the run")
+    add("--steps", **whole, default=50000, help="length of the run; --lr and --warmup go by it")
     add("--batch-size", **whole, default=2, help="images per domain")
     add("--optimizer", choices=tuple(LR), default="adamw", help="sgd: momentum 0.9")
     add("--lr", **number, help=f"learning rate; None: {LR}")
@@ -148,16 +148,23 @@ def parse_args(argv):
 
 def contradiction(args):
     """What is wrong with the arguments, as one line, or None."""
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"--{name.replace('_', '-')} must be a finite number, got {value}"
+    if Path(args.out).is_file():
+        return f"--out {args.out} is a file"
+    if args.day_only and args.synthetic_night:
+        return "--day-only sees no night: leave --synthetic-night out"
     for name in ("steps", "batch_size", "embedding_dim", "eval_every", "save_every", "log_every", "lr"):
-        if not getattr(args, name) > 0:
+        if getattr(args, name) <= 0:
             return f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}"
     weights = ("content_weight", "style_weight", "js_weight", "pseudo_weight", "weight_decay")
-    for name in ("workers", "skip_broken", "power", *weights):
-        if not getattr(args, name) >= 0:
+    for name in ("workers", "skip_broken", "power", "night_strength", *weights):
+        if (getattr(args, name) or 0) < 0:
             return f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}"
     if min(args.crop) < 32:
         return f"--crop must be at least 32 x 32, got {args.crop[0]} {args.crop[1]}"
-    if not 0 < args.scale[0] <= args.scale[1]:
+    if not 0 < args.scale[0] <= args.scale[1] < math.inf:
         return f"--scale wants 0 < MIN <= MAX, got {args.scale[0]} {args.scale[1]}"
     if not 0 <= args.jitter < 1:
         return f"--jitter wants 0 to below 1, got {args.jitter}"
@@ -215,12 +222,6 @@ def load_data(args):
     return stream, validation
 
 
-def quiet_worker(_):
-    """Loader workers leave Ctrl-C and SIGTERM to the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 def batches(stream, start, args):
     """The stream from step `start` on, as dicts of device tensors: images float in [0, 1], labels int64."""
     loader = torch.utils.data.DataLoader(
@@ -228,15 +229,22 @@ def batches(stream, start, args):
         args.batch_size,
         sampler=range(start * args.batch_size, len(stream)),
         num_workers=args.workers,
-        worker_init_fn=quiet_worker,
+        worker_init_fn=evaluate.quiet_worker,
         pin_memory=args.device.startswith("cuda"),
         generator=torch.Generator(),  # of its own: a loader's start must not advance the global one
     )
-    for batch in loader:
-        label = batch.pop("source_label").to(args.device, non_blocking=True).long()
-        broken = batch.pop("broken")
-        images = {name: evaluate.to_float(image, args.device) for name, image in batch.items()}
-        yield images | {"source_label": label, "broken": broken}
+    try:
+        for batch in loader:
+            label = batch.pop("source_label").to(args.device, non_blocking=True).long()
+            broken = batch.pop("broken")
+            images = {name: evaluate.to_float(image, args.device) for name, image in batch.items()}
+            yield images | {"source_label": label, "broken": broken}
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise datasets.DataError(
+            f"a loader worker died: {datasets.one_line(error)}"
+        ) from None  # out of memory?
 
 
 def save(state, path):
@@ -278,11 +286,14 @@ def picture(tiles, columns, path, titles=()):
     image.save(path)
 
 
-def build(args):
-    """The method on its device, with an optimizer over everything that learns."""
-    model = models.DeepLab(
-        args.backbone, len(datasets.NAMES), args.output_stride, args.head, args.weights, args.input_format
-    )
+def build(args, architecture=None):
+    """The method on its device, with an optimizer over everything that learns; `architecture`: that of the
+    checkpoint that is going to be restored, so that no initial weights are read again."""
+    if architecture:
+        model = models.DeepLab(**architecture | {"weights": "none"})
+    else:
+        classes, formats = len(datasets.NAMES), args.input_format
+        model = models.DeepLab(args.backbone, classes, args.output_stride, args.head, args.weights, formats)
     method = ccdistill.CCDistill(
         model,
         night_weights="shared" if args.day_only else args.night_weights,
@@ -329,16 +340,20 @@ def full_state(args, step, method, optimizer, best, skipped):
         "best": best,
         "skipped": skipped,
         "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if args.device.startswith("cuda") else [],
+        "cuda_rng": torch.cuda.get_rng_state(args.device) if args.device.startswith("cuda") else None,
     }
 
 
 def resumable(args):
     """The content of the last.pt that --resume names, if it is of this very run. Raises ValueError."""
     path = Path(args.out, "last.pt") if args.resume is True else Path(args.resume)
-    state = evaluate.read_checkpoint(path)
+    state = evaluate.checked(models.read_state(path), path)
     if "optimizer" not in state:
         raise ValueError(f"{path}: holds what inference needs only; resume from a last.pt")
+    if (type(state.get("args")), type(state.get("step"))) != (dict, int):
+        raise ValueError(f"{path}: damaged checkpoint (without args or step)")
+    if Path(args.out, "last.pt").exists() and not path.samefile(Path(args.out, "last.pt")):
+        raise ValueError(f"{args.out}: holds another run; choose another --out to go on from {path}")
     then, now = state["args"], json.loads(json.dumps(vars(args)))
     differ = [name for name in now if name not in FREE and now[name] != then.get(name)]
     if differ:
@@ -349,16 +364,16 @@ def resumable(args):
     return state | {"path": path}
 
 
-def restore(state, method, optimizer):
+def restore(state, args, method, optimizer):
     """Put a last.pt's content back into its places; returns its (step, best score, files skipped)."""
     try:
         method.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        if state["cuda_rng"] is not None and args.device.startswith("cuda"):
+            torch.cuda.set_rng_state(state["cuda_rng"], args.device)
         return state["step"], state["best"], state["skipped"]
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{state['path']}: damaged checkpoint ({' '.join(str(error).split())[:200]})"
         ) from None
@@ -372,11 +387,11 @@ def open_log(path, step):
             rows = [
                 row
                 for row in csv.DictReader(file)
-                if (row["step"] or "").isdigit() and int(row["step"]) <= step
+                if (row.get("step") or "").isdigit() and int(row["step"]) <= step
             ]
     aside = Path(f"{path}.tmp")
     with open(aside, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
     aside.replace(path)
@@ -418,8 +433,8 @@ def train(args):
     state = resumable(args) if args.resume else None
     torch.manual_seed(args.seed)
     stream, validation = load_data(args)
-    method, optimizer = build(args)
-    start, best, skipped = restore(state, method, optimizer) if state else (0, -1.0, 0)
+    method, optimizer = build(args, state and state["architecture"])
+    start, best, skipped = restore(state, args, method, optimizer) if state else (0, -1.0, 0)
     out.mkdir(parents=True, exist_ok=True)
     (out / "args.json").write_text(json.dumps(vars(args), indent=1))
     method.train()
@@ -441,6 +456,8 @@ def train(args):
                 check_finite(values, step, batch, method, out)
                 optimizer.zero_grad()
                 terms["total"].backward()
+                norm = torch.nn.utils.clip_grad_norm_(method.parameters(), math.inf)  # measured, not clipped
+                check_finite({"the gradient": norm.item()}, step, batch, method, out)
                 optimizer.step()
 
                 row = {"step": step, "lr": lr, "skipped": skipped} | values
@@ -451,8 +468,8 @@ def train(args):
                         result = validate(method, validation, args)
                         row |= {name: result[name] for name in ("miou", "miou_present")}
                         print(f"step {step}  at night: {evaluate.summary(result)}", flush=True)
-                        if (result["miou_present"] or 0) > best:
-                            best = result["miou_present"]
+                        if (result["miou_present"] or 0.0) > best:
+                            best = result["miou_present"] or 0.0
                             save(inference_state(args, step, method), out / "best.pt")
                 finally:
                     writer.writerow(row)
@@ -496,7 +513,7 @@ def demo(args):
     night."""
     out, results = Path(args.out), {}
     city = out / "city"
-    if not (city / "darkzurich" / "corresp").is_dir():  # the last thing to be written
+    if not any(city.glob("darkzurich/corresp/train/night/*/*.csv")):  # the last thing to be written
         print(f"drawing a city into {city}", flush=True)
         datasets.make_demo_city(city)
     args.demo, args.cityscapes, args.darkzurich = False, str(city / "cityscapes"), str(city / "darkzurich")
@@ -537,8 +554,12 @@ def main(argv=None):
     try:
         demo(args) if args.demo else train(args)
     except (ValueError, OSError) as error:
-        print(f"train.py: error: {datasets.one_line(error)}", file=sys.stderr)
+        where = f"{args.out}: " if isinstance(error, OSError) and error.errno and not error.filename else ""
+        print(f"train.py: error: {where}{datasets.one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train.py: interrupted; what was saved is whole", file=sys.stderr)
+        return 130
     return 0
 
 
