@@ -133,7 +133,10 @@ def _reason(error):
 def _find(folder, pattern):
     """Sorted files under `folder`; symbolic links are followed. Raises DataError where there are none."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
+        there = next(parent for parent in folder.absolute().parents if parent.is_dir())
+        raise DataError(
+            f"{folder}: no such folder ({there} exists and holds {sorted(os.listdir(there))[:6]})"
+        )
     files = sorted(folder.glob(pattern))
     if not files:
         raise DataError(f"{folder}: no file {pattern} in it")

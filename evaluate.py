@@ -1,10 +1,10 @@
 """Score a checkpoint, write its predictions, pack them for a test server, or export the network.
 
-    python evaluate.py --checkpoint runs/last.pt --darkzurich DIR            night validation, per class
-    python evaluate.py --checkpoint runs/last.pt --cityscapes DIR            day validation
-    python evaluate.py --checkpoint runs/last.pt --darkzurich DIR --json scores.json --out predictions
-    python evaluate.py --checkpoint runs/last.pt --darkzurich DIR --split test --submit upload.zip
-    python evaluate.py --checkpoint runs/last.pt --images street.jpg folder --out predictions
+    python evaluate.py --checkpoint OUT/last.pt --darkzurich DIR    night validation, per class
+    python evaluate.py --checkpoint OUT/last.pt --cityscapes DIR    day validation
+    python evaluate.py --checkpoint OUT/last.pt --darkzurich DIR --json scores.json --out predictions
+    python evaluate.py --checkpoint OUT/last.pt --darkzurich DIR --split test --submit upload.zip
+    python evaluate.py --checkpoint OUT/last.pt --images street.jpg folder --out predictions
 
 Scores come from one integer count over all pixels of all images, each at its own size. IoU, mIoU and pixel
 accuracy are percentages; `miou` leaves out classes with neither label nor prediction, as cityscapesScripts
@@ -48,7 +48,8 @@ def device_problem(device):
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        return f"--device {device}: {str(error).splitlines()[0]}; cpu always works"
+        reason = "" if len(str(error)) > 200 else f" ({datasets.one_line(error)})"
+        return f"--device {device}: not to be had here{reason}; cuda, mps or cpu"
     return None
 
 
@@ -120,24 +121,21 @@ def probabilities(model, images, scales=(1.0,), flip=False, window=None):
 def _in_windows(model, images, window):
     """Softmax of windows (H, W) that overlap by at least a third, averaged; None: the image as a whole."""
     height, width = images.shape[2:]
-    images = F.pad(
-        images, (0, max(0, 32 - width), 0, max(0, 32 - height)), mode="replicate"
-    )  # the smallest input
+    short = (0, max(0, 32 - width), 0, max(0, 32 - height))  # of the least that the network takes
+    images = F.pad(images, short, mode="replicate")
     h, w = (min(a, b) for a, b in zip(window or images.shape[2:], images.shape[2:], strict=True))
+    if (h, w) == images.shape[2:]:
+        return model(images)[1].softmax(1)[:, :, :height, :width]
 
     def starts(length, part):
-        return sorted({*range(0, length - part, max(1, part * 2 // 3)), length - part})
+        return sorted({*range(0, length - part, part * 2 // 3), length - part})
 
-    total = count = 0
+    total, count = 0, images.new_zeros(1, 1, *images.shape[2:])
     for top in starts(images.shape[2], h):
         for left in starts(images.shape[3], w):
             p = model(images[:, :, top : top + h, left : left + w])[1].softmax(1)
-            if (h, w) == images.shape[2:]:
-                total, count = p, 1
-                break
             if not torch.is_tensor(total):
                 total = images.new_zeros(1, p.shape[1], *images.shape[2:])
-                count = images.new_zeros(1, 1, *images.shape[2:])
             total[:, :, top : top + h, left : left + w] += p
             count[:, :, top : top + h, left : left + w] += 1
     return (total / count)[:, :, :height, :width]
@@ -357,7 +355,11 @@ def export(model, path):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """--help with every default, and the module's docstring as it stands."""
+    """--help with every default that says something, and the module's docstring as it stands."""
+
+    def _get_help_string(self, action):
+        silent = action.default is None or action.default is False
+        return action.help if silent else super()._get_help_string(action)
 
 
 def parse_args(argv):
@@ -375,7 +377,7 @@ def parse_args(argv):
     for layout in datasets.LAYOUTS:
         data.add_argument(f"--{layout}", metavar="DIR", help="predict and score its --split")
     data.add_argument("--images", nargs="+", metavar="PATH", help="predict pictures and folders of pictures")
-    add("--split", help="of the data set; None: val, for nighttime-driving and --submit test")
+    add("--split", help="of the data set: val if not given, with --nighttime-driving or --submit test")
     add(
         "--labels",
         choices=tuple(datasets.TABLES),
@@ -471,11 +473,13 @@ def run(args):
     result = evaluate(model, found, args.device, args.workers, write, args.uiou, **views)
     if result:
         print(table(result))
-    if submission:
-        submission.close()
     if args.json:
         result |= {"images": len(found), "args": vars(args), "checkpoint": description}
         Path(args.json).write_text(json.dumps(result, indent=1))
+    if args.out:
+        print(f"{args.out}: labelTrainIds/, labelIds/, color/ and overlay/ of {len(found)} images")
+    if submission:
+        submission.close()
 
 
 def main(argv=None):

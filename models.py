@@ -151,17 +151,16 @@ class ProjectionHead(nn.Module):
 
 
 def read_state(path):
-    """The content of a torch file, read on the CPU without running code from it. Raises ValueError in one
-    line."""
+    """The content of a torch file, on the CPU, no code of it run. Raises ValueError in one line."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # noqa: BLE001 (unpickling raises whatever the bytes suggest)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{path}: not a file of tensors that torch can load safely ({reason[:150]})"
-        ) from None
+    except Exception:  # noqa: BLE001 (unpickling raises whatever the bytes suggest)
+        refused = (
+            "truncated, no torch file, or one with more than tensors and plain values, which is not loaded"
+        )
+        raise ValueError(f"{path}: not a file of tensors ({refused})") from None
 
 
 def torchvision_keys(state):

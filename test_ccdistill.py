@@ -991,7 +991,10 @@ def test_missing_folders_are_named(tree, tmp_path, capsys):
 
 def test_the_crop_must_fit(city, tmp_path, capsys):
     assert train.main(arguments(city, tmp_path / "run", "--crop", 129, 96)) == 2
-    assert "256 x 128 is smaller than --crop, 129 96" in capsys.readouterr().err
+    assert (
+        "256 x 128 (width x height) is smaller than --crop 129 96; give a smaller one"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_payload_in_a_checkpoint_does_not_run(tmp_path, capsys, city):

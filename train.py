@@ -54,7 +54,7 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(
         description=summary,
         epilog=examples,
-        usage="%(prog)s --cityscapes DIR --darkzurich DIR [options], or %(prog)s --demo",
+        usage="%(prog)s --cityscapes DIR (--darkzurich DIR | --acdc DIR | --day-only) [options], or --demo",
         formatter_class=evaluate.Help,
     )
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
@@ -64,10 +64,12 @@ def parse_args(argv):
     add("--cityscapes", metavar="DIR", help="labelled days: holds leftImg8bit/ and gtFine/ (labelIds)")
     add("--darkzurich", metavar="DIR", help="unlabelled days and nights: holds rgb_anon/, corresp/, gt/val/")
     add("--acdc", metavar="DIR", help="ACDC night instead: rgb_anon/night/{train,train_ref}, gt/night/val/")
-    add("--demo", action="store_true", help="draw a small city, train day-only and CCDistill on it, compare")
     add(
-        "--pairs", metavar="FILE", default="corresp", help="csv of NIGHT,DAY lines; corresp: as shipped; none"
+        "--demo",
+        action="store_true",
+        help="draw a small city, compare; 250 steps, batch 4, crop 96 192, runs/demo",
     )
+    add("--pairs", metavar="FILE", default="corresp", help="csv of NIGHT,DAY lines; none: unrelated images")
     add(
         "--labels",
         choices=tuple(datasets.TABLES),
@@ -77,7 +79,7 @@ def parse_args(argv):
     add(
         "--synthetic-night",
         metavar="DIR",
-        help="ready-made S_n (leftImg8bit's tree) instead of --night-style",
+        help="ready-made nights (leftImg8bit's tree), no --night-style",
     )
     add("--crop", **whole, nargs=2, metavar=("H", "W"), default=(512, 512), help="training crop")
     add("--scale", **number, nargs=2, metavar=("MIN", "MAX"), default=(0.5, 1.0), help="resizing before it")
@@ -85,37 +87,61 @@ def parse_args(argv):
         "--jitter",
         **number,
         default=0.0,
-        help="of brightness, contrast and saturation of S_d, up to this share",
+        help="random brightness, contrast, saturation of source days",
     )
     add("--workers", **whole, default=2, help="decoding processes")
     add("--skip-broken", **whole, default=0, help="broken files to leave out before giving up")
 
     add = parser.add_argument_group("network").add_argument
     add("--backbone", choices=models.BACKBONES, default="resnet18", help="torchvision's ResNet")
-    add("--output-stride", **whole, choices=(8, 16), default=16, help="of the features")
-    add("--head", choices=models.HEADS, default="aspp", help="of DeepLab v3 or v2")
+    add("--output-stride", **whole, choices=(8, 16), default=16, help="image size over feature size")
+    add(
+        "--head",
+        choices=models.HEADS,
+        default="aspp",
+        help="DeepLab v3's, or v2's (a sum of dilated classifiers)",
+    )
     add("--weights", default="none", help="none, imagenet (IMAGENET1K_V1, downloaded) or a state dict's file")
-    add("--input-format", choices=tuple(models.INPUT_FORMATS), default="imagenet", help="of --weights")
-    add("--night-weights", choices=ccdistill.NIGHT_WEIGHTS, default="norm", help="M_n: M_d's, but norms, own")
+    add(
+        "--input-format",
+        choices=tuple(models.INPUT_FORMATS),
+        default="imagenet",
+        help="what --weights expect: RGB as torchvision, or BGR as Caffe",
+    )
+    add(
+        "--night-weights",
+        choices=ccdistill.NIGHT_WEIGHTS,
+        default="norm",
+        help="what M_n (night) shares with M_d (day): all, all but norms, nothing",
+    )
 
     add = parser.add_argument_group("method").add_argument
-    add("--day-only", action="store_true", help="the baseline: train on S_d and its labels alone")
-    add("--night-style", choices=ccdistill.NIGHT_STYLES, default="color", help="how S_n is made")
-    add("--night-strength", **number, help=f"of the style; None: {ccdistill.STRENGTH}")
-    add("--content-weight", **number, default=1.0, help="of CDC; 0: not computed")
-    add("--style-weight", **number, default=1.0, help="of CDS; 0: not computed")
-    add("--js-weight", **number, default=0.1, help="of JS inside CDC; 0: not computed")
+    add("--day-only", action="store_true", help="the baseline: labelled source days alone")
+    add(
+        "--night-style",
+        choices=ccdistill.NIGHT_STYLES,
+        default="color",
+        help="how synthetic nights are made of source days",
+    )
+    add(
+        "--night-strength",
+        **number,
+        help="fda: half-width of the exchanged band, 0.01 if not given; color: 0 to 1, 1",
+    )
+    add("--content-weight", **number, default=1.0, help="of content distillation (CDC); 0: not computed")
+    add("--style-weight", **number, default=1.0, help="of style distillation (CDS); 0: not computed")
+    add("--js-weight", **number, default=0.1, help="of the divergences in CDC; 0: not computed")
     add("--pseudo-weight", **number, default=1.0, help="of the pseudo-labels' loss; 0: not computed")
     add("--pseudo-threshold", **number, default=0.6, help="softmax that makes a pseudo-label")
     add("--warmup", **number, default=0.75, help="share of --steps before the targets join (ours)")
-    add("--no-projection", action="store_true", help="without the projection head: e is average-pooled F")
-    add("--embedding-dim", **whole, default=128, help="channels of e")
+    add("--no-projection", action="store_true", help="embeddings are average-pooled features")
+    add("--embedding-dim", **whole, default=128, help="channels of the embeddings")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", **whole, default=50000, help="length of the run; --lr and --warmup go by it")
     add("--batch-size", **whole, default=2, help="images per domain")
     add("--optimizer", choices=tuple(LR), default="adamw", help="sgd: momentum 0.9")
-    add("--lr", **number, help=f"learning rate; None: {LR}")
+    add("--lr", **number, help="learning rate; if not given 5e-4, with sgd 2.5e-4")
     add("--weight-decay", **number, default=5e-4, help="of every parameter")
     add("--power", **number, default=0.9, help="of the polynomial decay of the learning rate; 0: constant")
     add("--amp", choices=("off", "bf16"), default="off", help="autocast of the networks")
@@ -214,7 +240,9 @@ def load_data(args):
         width, height = datasets.size_of(image)
         if height < args.crop[0] or width < args.crop[1]:
             crop = f"--crop {args.crop[0]} {args.crop[1]}"
-            raise datasets.DataError(f"{image}: {width} x {height} (width x height) is smaller than {crop}")
+            raise datasets.DataError(
+                f"{image}: {width} x {height} (width x height) is smaller than {crop}; give a smaller one"
+            )
     stream = datasets.FourDomains(
         source, days, nights, args.crop, args.pairs != "none", synthetic, args.scale, args.jitter, args.seed,
         length=args.steps * args.batch_size,
@@ -347,6 +375,8 @@ def full_state(args, step, method, optimizer, best, skipped):
 def resumable(args):
     """The content of the last.pt that --resume names, if it is of this very run. Raises ValueError."""
     path = Path(args.out, "last.pt") if args.resume is True else Path(args.resume)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file to resume from; leave --resume out to begin")
     state = evaluate.checked(models.read_state(path), path)
     if "optimizer" not in state:
         raise ValueError(f"{path}: holds what inference needs only; resume from a last.pt")
@@ -358,7 +388,7 @@ def resumable(args):
     differ = [name for name in now if name not in FREE and now[name] != then.get(name)]
     if differ:
         changes = (f"--{name.replace('_', '-')} {then.get(name)} there, {now[name]} here" for name in differ)
-        raise ValueError(f"{path}: another run: {'; '.join(changes)}")
+        raise ValueError(f"{path}: another run: {'; '.join(changes)}; give its arguments, or another --out")
     if args.steps < state["step"]:
         raise ValueError(f"{path}: is at step {state['step']} already, --steps is {args.steps}")
     return state | {"path": path}
@@ -437,6 +467,8 @@ def train(args):
     start, best, skipped = restore(state, args, method, optimizer) if state else (0, -1.0, 0)
     out.mkdir(parents=True, exist_ok=True)
     (out / "args.json").write_text(json.dumps(vars(args), indent=1))
+    if start == args.steps:
+        print(f"{out / 'last.pt'}: at step {start} of {args.steps} already", flush=True)
     method.train()
     done, began = start, time.monotonic()
     with stop_signals() as stop, open_log(out / "log.csv", start) as log:
@@ -504,7 +536,7 @@ def check_finite(values, step, batch, method, out):
         path = out / "nonfinite.pt"
         save({"step": step, "losses": values, "batch": batch, "model": method.state_dict()}, path)
         raise ValueError(
-            f"step {step}: {bad} is {values[bad]}; batch and weights are in {path}, last.pt is older"
+            f"step {step}: {bad} is {values[bad]}; batch and weights are in {path}; a lower --lr may help"
         )
 
 
