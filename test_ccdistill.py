@@ -912,7 +912,7 @@ def test_nonsense_is_refused_in_one_line(city, tmp_path, capsys, more, message):
 def test_missing_datasets_are_refused(city, capsys):
     for command, message in (
         ([], "--cityscapes DIR is needed"),
-        (["--cityscapes", "x"], "--darkzurich DIR is needed"),
+        (["--cityscapes", "x"], "--darkzurich DIR or --acdc DIR is needed"),
     ):
         with pytest.raises(SystemExit):
             train.main(command)
