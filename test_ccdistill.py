@@ -807,7 +807,13 @@ def test_the_other_switches_change_what_they_say(city, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["--night-weights", "separate"], ["--optimizer", "sgd", "--workers", "2"]]
+    "more",
+    [
+        [],
+        ["--night-weights", "separate"],
+        ["--night-weights", "shared", "--power", "0"],
+        ["--optimizer", "sgd", "--workers", "2"],
+    ],
 )
 def test_resume_is_exact(city, tmp_path, more):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
