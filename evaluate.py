@@ -240,11 +240,12 @@ def summary(result):
     )
 
 
-def table(result):
-    """The scores as aligned text."""
+def table(*results):
+    """Scores as aligned text, a column each."""
     means = ("miou", "miou_present", "pixel_accuracy", "auiou")
-    rows = result["iou"] | {name: result[name] for name in means if name in result}
-    return "\n".join(f"{name:14} {percent(value)}" for name, value in rows.items())
+    columns = [result["iou"] | {name: result[name] for name in means if name in result} for result in results]
+    rows = ((name, *(column[name] for column in columns)) for name in columns[0])
+    return "\n".join(f"{name:14} " + "      ".join(map(percent, values)) for name, *values in rows)
 
 
 # ---- files -------------------------------------------------------------------------------------------------

@@ -475,7 +475,7 @@ def train(args):
         writer = csv.DictWriter(log, COLUMNS)
         try:
             for step, batch in enumerate(batches(stream, start, args), start + 1):
-                skipped += skip(batch.pop("broken"), skipped, args)
+                skipped = skip(batch.pop("broken"), skipped, args)
                 lr = args.lr * (1 - (step - 1) / args.steps) ** args.power
                 for group in optimizer.param_groups:
                     group["lr"] = lr
@@ -519,14 +519,13 @@ def train(args):
 
 
 def skip(broken, skipped, args):
-    """How many files this batch left out, each told; more than --skip-broken in all raises DataError."""
-    broken = [line for lines in broken for line in lines.splitlines()]
-    for line in broken:
+    """How many files are left out by now, this batch's told; more than --skip-broken raises DataError."""
+    for line in (line for lines in broken for line in lines.splitlines()):
         skipped += 1
         if skipped > args.skip_broken:
             raise datasets.DataError(f"{line}; --skip-broken {skipped} would leave it out")
         print(f"left out ({skipped} of {args.skip_broken}): {line}", flush=True)
-    return len(broken)
+    return skipped
 
 
 def check_finite(values, step, batch, method, out):
@@ -573,11 +572,8 @@ def demo(args):
         "label",
     ]
     picture([tile for row in rows for tile in row], 4, out / "comparison.png", titles)
-    print(f"\n{'at night':14} {'day-only':>10} {'ccdistill':>10}")
-    for name in datasets.NAMES:
-        print(f"{name:14}", *(f"{evaluate.percent(result['iou'][name]):>10}" for result in results.values()))
-    for name in ("miou", "miou_present", "pixel_accuracy"):
-        print(f"{name:14}", *(f"{evaluate.percent(result[name]):>10}" for result in results.values()))
+    print(f"\n{'at night':11} day-only  ccdistill")
+    print(evaluate.table(*results.values()))
     print(f"picture: {out / 'comparison.png'}")
 
 
