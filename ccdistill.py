@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from losses import content_distill, pseudo_labels, segmentation_loss, style_distill
-from models import ProjectionHead
+from models import ProjectionHead, apart
 
 NIGHT_STYLES = ("fda", "color")
 NIGHT_WEIGHTS = ("shared", "norm", "separate")
+BATCH_NORMS = ("joint", "domain")
 STRENGTH = {"fda": 0.01, "color": 1.0}
 
 
@@ -83,13 +84,16 @@ class CCDistill(nn.Module):
     model: a DeepLab. The weights scale the terms of
         total = seg(S_d) + seg(S_n) + pseudo_weight * pseudo + content_weight * CDC + style_weight * CDS
     and a term whose weight is 0 is not computed. projection=False: e is the globally average-pooled F.
-    target_paired: T_d and T_n of a sample show the same place.
+    batch_norm: in training, batch statistics are those of S and T together ("joint", the figure's: two days,
+    or two nights, are one batch), or of each domain alone ("domain", ours). target_paired: T_d and T_n of a
+    sample show the same place.
     """
 
     def __init__(
         self,
         model,
         night_weights="norm",
+        batch_norm="domain",
         night_style="color",
         night_strength=None,
         projection=True,
@@ -104,42 +108,61 @@ class CCDistill(nn.Module):
         super().__init__()
         self.day = model
         self.night = night_model(model, night_weights)
+        if batch_norm not in BATCH_NORMS:
+            raise ValueError(f"batch norm must be one of {BATCH_NORMS}, got {batch_norm!r}")
+        self.night_weights, self.batch_norm = night_weights, batch_norm
         self.projection = ProjectionHead(model.feature_channels, embedding_dim) if projection else None
         self.night_style, self.night_strength = night_style, night_strength
         self.content_weight, self.style_weight, self.js_weight = content_weight, style_weight, js_weight
         self.pseudo_weight, self.pseudo_threshold = pseudo_weight, pseudo_threshold
         self.target_paired = target_paired
-        self.source_only = (
-            False  # the warm-up of train.py (ours): S_d and S_n alone, no target in the batches
-        )
+        # "target": everything. "source": S_d and S_n alone, the warm-up of train.py (ours). "day": S_d alone,
+        # the baseline.
+        self.stage = "target"
 
     def embed(self, features):
         """F (B, C, h, w) -> e (B, D)."""
         return features.mean((2, 3)) if self.projection is None else self.projection(features)
+
+    def networks(self, days, nights):
+        """[(F, P)] of M_d on each batch of days and of M_n on each of nights, in one pass where they share their
+        convolutions."""
+        runs = [(self.day, days), (self.night, nights)] if nights else [(self.day, days)]
+        found = []
+        for run in [[run] for run in runs] if self.night_weights == "separate" else [runs]:
+            images = [batch for _, batches in run for batch in batches]
+            norms = (
+                run if self.batch_norm == "joint" else [(net, [b]) for net, batches in run for b in batches]
+            )
+            apart([net for net, _ in norms], [sum(map(len, batches)) for _, batches in norms])
+            sizes = [len(batch) for batch in images]
+            maps = (values.split(sizes) for values in run[0][0](torch.cat(images)))  # F and P of all
+            found += zip(*maps, strict=True)
+        return found
 
     def forward(self, batch):
         """batch: source_day, target_day, target_night, optionally source_night, each (B, 3, H, W) float RGB
         in [0, 1], and source_label (B, H, W) int64. Returns scalars: seg_day, seg_night, pseudo, content,
         style (unweighted) and total."""
         source_day, label = batch["source_day"], batch["source_label"]
+        if self.stage == "day":
+            ((_, p_sd),) = self.networks([source_day], [])
+            loss = segmentation_loss(p_sd, label)
+            return {"seg_day": loss, "total": loss}
         target_day, target_night = batch["target_day"], batch["target_night"]
         source_night = batch.get("source_night")
         if source_night is None:
             source_night = night_style(source_day, target_night, self.night_style, self.night_strength)
 
         losses = dict.fromkeys(("pseudo", "content", "style"), label.new_zeros((), dtype=torch.float32))
-        if self.source_only:
-            losses["seg_day"] = segmentation_loss(self.day(source_day)[1], label)
-            losses["seg_night"] = segmentation_loss(self.night(source_night)[1], label)
+        if self.stage == "source":
+            (_, p_sd), (_, p_sn) = self.networks([source_day], [source_night])
+            losses["seg_day"], losses["seg_night"] = (segmentation_loss(p, label) for p in (p_sd, p_sn))
             return losses | {"total": losses["seg_day"] + losses["seg_night"]}
 
-        # M_d sees both days in one batch, M_n both nights.
-        f_day, p_day = self.day(torch.cat([source_day, target_day]))
-        f_night, p_night = self.night(torch.cat([source_night, target_night]))
-        sizes = len(source_day), len(target_day)
-        (f_sd, f_td), (p_sd, p_td) = f_day.split(sizes), p_day.split(sizes)
-        (f_sn, f_tn), (p_sn, p_tn) = f_night.split(sizes), p_night.split(sizes)
-
+        (f_sd, p_sd), (f_td, p_td), (f_sn, p_sn), (f_tn, p_tn) = self.networks(
+            [source_day, target_day], [source_night, target_night]
+        )
         losses["seg_day"] = segmentation_loss(p_sd, label)
         losses["seg_night"] = segmentation_loss(p_sn, label)
         if self.pseudo_weight:

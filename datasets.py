@@ -9,8 +9,10 @@ there.
 import collections
 import csv
 import functools
+import hashlib
 import os
 import random
+import struct
 import warnings
 from pathlib import Path
 
@@ -320,6 +322,68 @@ class Images(torch.utils.data.Dataset):
         return item
 
 
+class Cache:
+    """Decoded images below `folder`, resized by `factor` (at most 1): raw pixels that are mapped into memory.
+
+    An entry belongs to its source's path, size and time and to the factor; a changed file gets a new one. It
+    is written aside and renamed, so that several processes may fill the folder and no part of one counts.
+    Where it cannot be written (disk full), one line says so and decoding goes on without.
+    """
+
+    HEADER = struct.Struct("<3I")  # height, width, bytes a pixel
+
+    def __init__(self, folder, factor=1.0):
+        self.folder, self.factor = Path(folder), min(1.0, factor)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.off = torch.zeros(1, dtype=torch.bool).share_memory_()  # for all loader workers
+
+    def open(self, path, decode):
+        """decode(path), a Pillow image, or the same as a (C, H, W) uint8 tensor that lies in the cache."""
+        try:
+            found = os.stat(path)
+        except OSError as error:
+            raise DataError(f"{path}: {'no such file' if error.errno == 2 else error.strerror}") from None
+        key = f"1 {os.path.abspath(path)} {found.st_size} {found.st_mtime_ns} {self.factor}"
+        entry = self.folder / hashlib.sha256(os.fsencode(key)).hexdigest()
+        image = self.mapped(entry)
+        if image is None:
+            image = decode(path)
+            size = [max(1, round(side * self.factor)) for side in image.size]
+            image = image.resize(size, Image.NEAREST if image.mode == "L" else Image.BILINEAR)
+            if not self.off:
+                self.write(entry, image)
+        return image
+
+    def mapped(self, entry):
+        """What an entry holds, None where there is no whole one."""
+        try:
+            size = entry.stat().st_size
+            memory = torch.from_file(str(entry), size=size, dtype=torch.uint8)
+            height, width, depth = self.HEADER.unpack(bytes(memory[: self.HEADER.size]))
+        except (OSError, RuntimeError, struct.error):
+            return None
+        if size != self.HEADER.size + height * width * depth:
+            return None
+        return memory[self.HEADER.size :].view(height, width, depth).permute(2, 0, 1)
+
+    def write(self, entry, image):
+        aside = entry.with_name(f"{entry.name}.{os.getpid()}.tmp")
+        try:
+            with open(aside, "wb") as file:
+                file.write(self.HEADER.pack(image.height, image.width, len(image.getbands())))
+                file.write(image.tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(entry)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            if not self.off:
+                self.off[0] = True
+                print(
+                    f"{entry}: not written ({error.strerror}); going on without filling the cache", flush=True
+                )
+
+
 class FourDomains(torch.utils.data.Dataset):
     """The training stream: item k holds source_day, source_label, target_day, target_night and, where
     `synthetic` paths are given, source_night; uint8, all `crop` = (H, W); and broken, what was wrong with
@@ -328,14 +392,15 @@ class FourDomains(torch.utils.data.Dataset):
     Everything random about item k comes from (seed, k) alone, k counting samples from the first step on:
     loader workers and resumed runs see the same items. source: [Sample]; days, nights: paths, paired if
     `paired`. scale: range of the resizing before the crop. jitter: range of brightness, contrast and
-    saturation, S_d only.
+    saturation, S_d only. cache: a Cache, whose factor counts as part of `scale`.
     """
 
     def __init__(self, source, days, nights, crop, paired=True, synthetic=None, scale=(0.5, 1.0), jitter=0.0,
-                 seed=0, length=1):  # fmt: skip
+                 seed=0, length=1, cache=None):  # fmt: skip
         self.source, self.days, self.nights, self.synthetic = source, days, nights, synthetic
-        self.crop, self.paired, self.scale, self.jitter = crop, paired, scale, jitter
-        self.seed, self.length = seed, length
+        self.crop, self.paired, self.jitter = crop, paired, jitter
+        self.scale = [limit / (cache.factor if cache else 1) for limit in scale]
+        self.seed, self.length, self.cache = seed, length, cache
 
     def __len__(self):
         return self.length
@@ -356,20 +421,26 @@ class FourDomains(torch.utils.data.Dataset):
             order = _order(len(files), f"{self.seed} {domain} {k // len(files)}")
             return rng.randrange(len(files)) if attempt else order[k % len(files)]
 
+        def opened(path, decode=open_image):
+            return self.cache.open(path, decode) if self.cache else decode(path)
+
         n = pick("source", self.source)
-        image, label = open_image(self.source[n].image), open_label(self.source[n].label)
-        cut = random_crop(image.size, self.crop, self.scale, rng)
-        item = {"source_day": self.jittered(cut(image), rng), "source_label": cut(label, Image.NEAREST)[0]}
+        image, label = opened(self.source[n].image), opened(self.source[n].label, open_label)
+        cut = random_crop(TF.get_size(image), self.crop, self.scale, rng)
+        item = {
+            "source_day": self.jittered(cut(image), rng),
+            "source_label": cut(label, TF.InterpolationMode.NEAREST_EXACT)[0],
+        }
         if self.synthetic:
-            item["source_night"] = cut(open_image(self.synthetic[n]))
+            item["source_night"] = cut(opened(self.synthetic[n]))
         if self.nights:
             n = pick("night", self.nights)
-            night = open_image(self.nights[n])
-            day = open_image(self.days[n if self.paired else pick("day", self.days)])
-            cut = random_crop(night.size, self.crop, self.scale, rng)
+            night = opened(self.nights[n])
+            day = opened(self.days[n if self.paired else pick("day", self.days)])
+            cut = random_crop(TF.get_size(night), self.crop, self.scale, rng)
             item["target_night"] = cut(night)
             if not self.paired:
-                cut = random_crop(day.size, self.crop, self.scale, rng)
+                cut = random_crop(TF.get_size(day), self.crop, self.scale, rng)
             item["target_day"] = cut(day)
         return item
 
@@ -385,21 +456,27 @@ def _order(length, key):
 
 
 def random_crop(size, crop, scale, rng):
-    """Draw one random scale, crop and flip for images of `size` (width, height); returns the function that
-    applies them to a Pillow image and gives a (C, H, W) uint8 tensor, so that whatever belongs together is
-    cut alike."""
-    (width, height), (crop_height, crop_width) = size, crop
+    """Draw one random scale, crop and flip for images of `size` (height, width); returns the function that
+    applies them to a Pillow image or a (C, H, W) uint8 tensor and gives such a tensor, so that whatever belongs
+    together is cut alike."""
+    (height, width), (crop_height, crop_width) = size, crop
     least = max(crop_height / height, crop_width / width)  # smaller, and the crop would not be filled
     factor = rng.uniform(max(scale[0], least), max(scale[1], least))
-    box_width, box_height = min(crop_width / factor, width), min(crop_height / factor, height)
-    left, top = rng.randint(0, int(width - box_width)), rng.randint(0, int(height - box_height))
-    box, flip = (left, top, left + box_width, top + box_height), rng.random() < 0.5
+    box_height, box_width = min(round(crop_height / factor), height), min(round(crop_width / factor), width)
+    top, left, flip = (
+        rng.randint(0, height - box_height),
+        rng.randint(0, width - box_width),
+        rng.random() < 0.5,
+    )
 
-    def cut(image, resample=Image.BILINEAR):
-        if image.size != size:
-            raise DataError(f"expected an image of {width} x {height}, found {image.width} x {image.height}")
-        image = TF.pil_to_tensor(image.resize((crop_width, crop_height), resample, box))
-        return image.flip(-1) if flip else image
+    def cut(image, mode=TF.InterpolationMode.BILINEAR):
+        if TF.get_size(image) != [height, width]:
+            h, w = TF.get_size(image)
+            raise DataError(f"expected an image of {width} x {height}, found {w} x {h}")
+        part = TF.to_image(TF.crop(image, top, left, box_height, box_width))[None]
+        # Resized as it lies in memory, pixel by pixel: torch's fast path, with Pillow's values.
+        part = TF.resize(part.contiguous(memory_format=torch.channels_last), crop, mode)[0]
+        return part.flip(-1) if flip else part
 
     return cut
 

@@ -12,6 +12,7 @@ does, and `miou_present` also those without label. A class that does not occur h
 """
 
 import argparse
+import concurrent.futures
 import copy
 import io
 import json
@@ -24,8 +25,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import distributed
 from torchvision.transforms.v2 import functional as TF
-from torchvision.utils import draw_segmentation_masks
 
 import datasets
 import models
@@ -51,6 +52,13 @@ def device_problem(device):
         reason = "" if len(str(error)) > 200 else f" ({datasets.one_line(error)})"
         return f"--device {device}: not to be had here{reason}; cuda, mps or cpu"
     return None
+
+
+def ranks():
+    """(rank, number of processes) that train together: (0, 1) unless torchrun started them."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
 
 
 def quiet_worker(_):
@@ -217,15 +225,29 @@ def _number(value):
 
 def evaluate(model, found, device, workers=0, each=None, uiou=False, **views):
     """Scores of a model on [Sample], an empty dict where they have no labels; each(item, prediction,
-    confidence) is called for every image; uiou: with uncertainty scores, for samples with gt_invIds."""
-    classes, counts = len(datasets.NAMES), None
-    for item, prediction, confidence in predictions(model, found, device, workers, **views):
-        if "label" in item:
-            extra = (confidence, item["invalid"]) if uiou else ()
-            counts = count(item["label"], prediction, classes, *extra) + (0 if counts is None else counts)
-        if each:
-            each(item, prediction, confidence)
-    if counts is None:
+    confidence) is called for every image, in a thread, while the network goes on; uiou: with uncertainty
+    scores, for samples with gt_invIds. Processes that train together share the images, and all get the scores
+    of all."""
+    classes, (rank, processes) = len(datasets.NAMES), ranks()
+    bins = (2, len(THRESHOLDS) + 1) if uiou else ()
+    counts = torch.zeros(*bins, classes, classes, dtype=torch.int64, device=device)
+    with concurrent.futures.ThreadPoolExecutor(1) as background:
+        last = None
+        for item, prediction, confidence in predictions(
+            model, found[rank::processes], device, workers, **views
+        ):
+            if "label" in item:
+                extra = (confidence, item["invalid"]) if uiou else ()
+                counts += count(item["label"], prediction, classes, *extra)
+            if last:
+                last.result()  # raises what went wrong there; one image ahead at most
+            if each:
+                last = background.submit(each, item, prediction, confidence)
+        if last:
+            last.result()
+    if processes > 1:
+        distributed.all_reduce(counts)
+    if not found[0].label:
         return {}
     return scores(counts.sum((0, 1))) | uncertainty_scores(counts) if uiou else scores(counts)
 
@@ -254,18 +276,17 @@ def table(*results):
 def write_prediction(folder, item, prediction):
     """FOLDER/{labelTrainIds,labelIds,color,overlay}/NAME.png, at the image's own size."""
     prediction = prediction.cpu()
-    masks = torch.stack([prediction == n for n in range(len(datasets.NAMES))])
-    colours = [colour for _, _, colour in datasets.CLASSES]
+    colours, image = TF.to_pil_image(datasets.colourise(prediction)), TF.to_pil_image(item["image"])
     pictures = {
-        "labelTrainIds": prediction.to(torch.uint8),
-        "labelIds": LABEL_IDS[prediction],
-        "color": datasets.colourise(prediction),
-        "overlay": draw_segmentation_masks(item["image"], masks, alpha=0.5, colors=colours),
+        "labelTrainIds": TF.to_pil_image(prediction.to(torch.uint8)),
+        "labelIds": TF.to_pil_image(LABEL_IDS[prediction]),
+        "color": colours,
+        "overlay": Image.blend(image, colours, 0.5),
     }
-    for kind, pixels in pictures.items():
+    for kind, picture in pictures.items():
         path = Path(folder, kind, f"{item['name']}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
-        TF.to_pil_image(pixels).save(path)
+        picture.save(path, compress_level=1)  # a quarter of the time of the default, a fifth more bytes
 
 
 class Submission:

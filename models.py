@@ -4,12 +4,15 @@ model = DeepLab("resnet101", output_stride=8, weights="imagenet")
 features, logits = model(images)  # images (B, 3, H, W) float RGB in [0, 1]
 """
 
+import contextlib
+import functools
 from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
@@ -47,6 +50,45 @@ class PooledNorm(nn.BatchNorm2d):
         return super().forward(x)
 
 
+def batch_norms(module):
+    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def apart(networks, sizes):
+    """From now on a training batch through networks[0] is taken in parts of `sizes` images by its batch norms,
+    part i as networks[i] would: several networks with the same convolutions then cost one pass."""
+    for norms in zip(*map(batch_norms, networks), strict=True):
+        norms[0].twins = norms
+        norms[0].forward = functools.partial(_in_parts, norms, sizes)
+
+
+def _in_parts(norms, sizes, x):
+    if not norms[0].training or len(norms) == 1:
+        return type(norms[0]).forward(norms[0], x)
+    parts = zip(norms, x.split(sizes), strict=True)
+    return torch.cat([type(norm).forward(norm, part) for norm, part in parts])
+
+
+@contextlib.contextmanager
+def statistics_kept(module):
+    """What batch norms in `module` note inside goes into copies: running statistics stay as they are."""
+    norms = [twin for norm in batch_norms(module) for twin in getattr(norm, "twins", [norm])]
+    buffers = [dict(norm.named_buffers()) for norm in norms]
+    for norm, real in zip(norms, buffers, strict=True):
+        norm._buffers.update((name, value.clone()) for name, value in real.items())
+    try:
+        yield
+    finally:
+        for norm, real in zip(norms, buffers, strict=True):
+            norm._buffers.update(real)
+
+
+def recomputed(layer, x):
+    """layer(x) of which only x is kept: what lies between is computed again in the backward pass."""
+    contexts = contextlib.nullcontext(), statistics_kept(layer)
+    return checkpoint(layer, x, use_reentrant=False, context_fn=lambda: contexts)
+
+
 def as_deeplab_v2(resnet):
     """Turn a Bottleneck ResNet, in place, into the one of the public DeepLab v2 files: stride in the first
     convolution of a block, ceil-mode pooling, and every block of layer3 and layer4 dilated alike, the first
@@ -70,6 +112,7 @@ class DeepLab(nn.Module):
     downloaded on first use) or the path of a state dict (see `load_weights`). input_format: what the weights
     expect, "imagenet" or "caffe" (BGR 0-255 minus a mean, AdaptSegNet's); images are RGB in [0, 1] all the
     same. branches: how many of the dilated classifiers are summed (a multi-level v2 file sets it to 2).
+    Set `low_memory` to trade a second forward pass in training for the memory of activations.
     Raises ValueError on what it does not know.
     """
 
@@ -88,6 +131,7 @@ class DeepLab(nn.Module):
             raise ValueError(
                 f"head deeplabv2 needs resnet50 or 101 at output_stride 8, not {backbone} at {output_stride}"
             )
+        self.low_memory = False
         # What a checkpoint needs in order to build this model again.
         self.architecture = {"backbone": backbone, "num_classes": num_classes, "output_stride": output_stride}
         self.architecture |= {"head": head, "input_format": input_format, "branches": branches}
@@ -122,13 +166,14 @@ class DeepLab(nn.Module):
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 32:
             raise ValueError(f"expected images (B, 3, H, W), H and W at least 32, got {tuple(images.shape)}")
         images = images.flip(1) if self.architecture["input_format"] == "caffe" else images
-        features = self.backbone((images * self.scale - self.mean) / self.std)
-        if self.architecture["head"] == "deeplabv2":
-            logits = sum(conv(features) for conv in self.classifier)
-        else:
-            for layer in self.classifier[:-1]:
-                features = layer(features)
-            logits = self.classifier[-1](features)
+        features = (images * self.scale - self.mean) / self.std
+        is_v2 = self.architecture["head"] == "deeplabv2"
+        for stage in (self.backbone, () if is_v2 else self.classifier[:-1]):
+            for layer in stage:
+                for block in layer if isinstance(layer, nn.Sequential) else [layer]:
+                    again = self.low_memory and self.training and any(block.children())
+                    features = recomputed(block, features) if again else block(features)
+        logits = sum(conv(features) for conv in self.classifier) if is_v2 else self.classifier[-1](features)
         if upsample:
             logits = F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=False)
         return features, logits

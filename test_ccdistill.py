@@ -1,5 +1,6 @@
 """pytest. The slow formulas live here, the fast ones in the library; data is written to temporary folders."""
 
+import copy
 import csv
 import io
 import itertools
@@ -24,6 +25,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch import nn
+from torchvision.transforms.v2 import functional as TF
 
 import ccdistill
 import datasets
@@ -231,6 +233,24 @@ def test_segmentation_loss_ignores_255_and_survives_nothing_else():
     assert nothing == 0 and logits.grad.abs().max() == 0
 
 
+def test_both_forms_of_the_style_correlation_agree(monkeypatch):
+    wide, few = rand(2, 40, 2, 3), rand(2, 40, 2, 3)  # 4 samples x 6 positions < 40 channels
+    wide[0] = 0
+    wide.requires_grad_()
+    expected = losses.correlation(losses.gram(wide), losses.gram(few))
+    (slow,) = torch.autograd.grad((expected * torch.arange(4)).sum(), wide)
+    long = torch.nn.functional.pad(wide, [0, 7]), torch.nn.functional.pad(few, [0, 7])  # too many positions
+    with monkeypatch.context() as patch:
+        patch.setattr(losses, "gram", None)  # the short form does without
+        torch.testing.assert_close(losses._style_correlation(wide, few), expected)
+        with pytest.raises(TypeError):
+            losses._style_correlation(*long)
+    for inputs in ((wide, few), long):
+        found = losses._style_correlation(*inputs)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad((found * torch.arange(4)).sum(), wide)[0], slow)
+
+
 def test_losses_can_be_vendored():
     """It imports torch and the standard library, nothing else, and runs alone."""
     code = (
@@ -411,7 +431,7 @@ def test_night_weights_share_what_they_say(night_weights):
 
 
 def test_two_days_and_two_nights_share_a_batch():
-    method, seen = ccdistill.CCDistill(models.DeepLab(), "separate"), []
+    method, seen = ccdistill.CCDistill(models.DeepLab(), "separate", "joint"), []
     for net, domain in ((method.day, "day"), (method.night, "night")):
         net.register_forward_pre_hook(lambda _, inputs, domain=domain: seen.append((domain, inputs[0])))
     batch = toy_batch() | {"source_night": torch.rand(2, 3, 48, 64)}
@@ -421,9 +441,38 @@ def test_two_days_and_two_nights_share_a_batch():
     assert torch.equal(seen[1][1], torch.cat([batch["source_night"], batch["target_night"]]))
 
 
+@pytest.mark.parametrize("batch_norm", ccdistill.BATCH_NORMS)
+@pytest.mark.parametrize("night_weights", ccdistill.NIGHT_WEIGHTS)
+def test_one_pass_computes_what_several_do(night_weights, batch_norm):
+    method, batch = ccdistill.CCDistill(models.DeepLab(), night_weights, batch_norm).double(), toy_batch()
+    for module in method.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    slow = copy.deepcopy(method)
+    sd, td, tn = (batch[name].double() for name in ("source_day", "target_day", "target_night"))
+    found = method.networks([sd, td], [sd.flip(3), tn])
+    sum(logits.square().sum() for _, logits in found).backward()
+    days, nights = ([sd], [td]), ([sd.flip(3)], [tn])
+    if batch_norm == "joint":
+        days, nights = ([sd, td],), ([sd.flip(3), tn],)
+    expected = []
+    for network, groups in ((slow.day, days), (slow.night, nights)):
+        for group in groups:
+            features, logits = network(torch.cat(group))
+            expected += zip(features.split(2), logits.split(2), strict=True)
+    sum(logits.square().sum() for _, logits in expected).backward()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    buffers = zip(method.buffers(), slow.buffers(), strict=True)
+    assert all(torch.allclose(a, b) for a, b in buffers)
+    for (name, a), (_, b) in zip(method.named_parameters(), slow.named_parameters(), strict=True):
+        if not name.startswith("projection"):
+            torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
 def test_the_warm_up_leaves_the_targets_out():
     method, seen = ccdistill.CCDistill(models.DeepLab(), "separate"), []
-    method.source_only = True
+    method.stage = "source"
     for net in (method.day, method.night):
         net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     batch = toy_batch() | {"source_night": torch.rand(2, 3, 48, 64)}
@@ -431,6 +480,9 @@ def test_the_warm_up_leaves_the_targets_out():
     assert torch.equal(seen[0], batch["source_day"]) and torch.equal(seen[1], batch["source_night"])
     assert values["pseudo"] == values["content"] == values["style"] == 0
     torch.testing.assert_close(values["total"], values["seg_day"] + values["seg_night"])
+    method.stage, seen[:] = "day", []
+    assert set(method(batch)) == {"seg_day", "total"}
+    assert len(seen) == 1 and torch.equal(seen[0], batch["source_day"])
 
 
 def test_total_is_the_weighted_sum_and_a_zero_weight_does_no_work(monkeypatch):
@@ -585,8 +637,8 @@ def test_a_crop_cuts_image_and_label_alike(tmp_path):
     gradient = Image.frombytes("L", (200, 100), bytes(x for _ in range(100) for x in range(200)))
     rng, flips, widths = random.Random(0), set(), set()
     for _ in range(40):
-        cut = datasets.random_crop((200, 100), (40, 60), (0.5, 1.0), rng)
-        image, label = cut(gradient.convert("RGB")), cut(gradient, Image.NEAREST)
+        cut = datasets.random_crop((100, 200), (40, 60), (0.5, 1.0), rng)
+        image, label = cut(gradient.convert("RGB")), cut(gradient, TF.InterpolationMode.NEAREST_EXACT)
         assert image.shape == (3, 40, 60) and label.shape == (1, 40, 60) and image.dtype == torch.uint8
         assert (image[0, :, 3:-3].int() - label[0, :, 3:-3].int()).abs().max() <= 2
         row = label[0, 0].int()
@@ -1808,3 +1860,245 @@ def test_the_v2_head_can_be_exported_too(tmp_path):
     with torch.no_grad():
         got = torch.export.load(tmp_path / "v2.pt2").module()(images)[1]
         torch.testing.assert_close(got, model(images)[1], rtol=1e-3, atol=1e-3 * got.abs().max().item())
+
+
+# ---- speed: every fast path computes what the slow one does ------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"head": "deeplabv2", "backbone": "resnet50", "output_stride": 8}])
+@pytest.mark.parametrize("night_weights", ["norm", "shared"])
+def test_low_memory_changes_no_bit(options, night_weights):
+    found, sizes, batch = [], [], toy_batch()
+
+    def counted(tensor):  # kept for the backward pass
+        sizes[-1] += tensor.numel()
+        return tensor
+
+    for low_memory in (False, True):
+        torch.manual_seed(0)
+        model = models.DeepLab(**options)
+        model.low_memory = low_memory
+        method = ccdistill.CCDistill(model, night_weights)
+        sizes.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(counted, lambda t: t):
+            total = method(batch)["total"]
+        total.backward()
+        gradients = {name: p.grad for name, p in method.named_parameters()}
+        found.append((total, gradients, dict(method.named_buffers())))
+    assert_same(*found)
+    assert any("num_batches_tracked" in name for name in found[0][2])
+    assert sizes[1] < sizes[0] / 2
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_the_cache_gives_the_same_samples(tree, tmp_path, paired, monkeypatch):
+    def streams(**options):
+        return stream_of(tree, paired=paired, **options)
+
+    plain, cache = streams(), datasets.Cache(tmp_path / "cache")
+    for _ in range(2):  # filled, then read
+        for k in range(12):
+            assert_same(plain[k], streams(cache=cache)[k])
+    expected = [plain[k] for k in range(12)]
+    monkeypatch.setattr(datasets, "_decode", None)  # from now on nothing is decoded
+    for k in range(12):
+        assert_same(expected[k], streams(cache=datasets.Cache(tmp_path / "cache"))[k])
+
+
+def test_a_cache_entry_belongs_to_its_file_and_is_whole_or_nothing(tree, tmp_path, capsys, monkeypatch):
+    path, folder = first(tree, IMAGE), tmp_path / "cache"
+    cache = datasets.Cache(folder)
+
+    def opened(cache=cache):
+        return cache.open(path, datasets.open_image).convert("RGB").tobytes()
+
+    pixels = opened()
+    (entry,) = folder.iterdir()
+    whole = entry.read_bytes()
+    assert opened() == pixels == datasets.open_image(path).tobytes()
+    for part in (b"", whole[:7], whole[:-1], whole + b"x", b"x" * 400):
+        entry.write_bytes(part)
+        assert opened() == pixels and entry.read_bytes() == whole  # decoded and written again
+    datasets.Cache(folder, 0.5).open(path, datasets.open_image)
+    half = datasets.Cache(folder, 0.5).open(path, datasets.open_image)
+    assert len(list(folder.iterdir())) == 2 and half.size == tuple(s // 2 for s in Image.open(path).size)
+    Image.open(path).transpose(Image.FLIP_TOP_BOTTOM).save(path)
+    assert opened() == datasets.open_image(path).tobytes() != pixels
+    path.unlink()
+    with pytest.raises(datasets.DataError, match="no such file"):
+        opened()
+
+
+def test_many_processes_fill_one_cache(tree, tmp_path):
+    script = (
+        "import sys, datasets, pathlib\n"
+        "cache = datasets.Cache(sys.argv[1])\n"
+        "for path in sorted(pathlib.Path(sys.argv[2]).rglob('*_leftImg8bit.png')):\n"
+        "    image = cache.open(path, datasets.open_image).convert('RGB')\n"
+        "    assert image.tobytes() == datasets.open_image(path).tobytes()\n"
+    )
+    command = [sys.executable, "-c", script, tmp_path / "cache", tree / "cityscapes"]
+    runs = [subprocess.Popen(command, env=ONE_THREAD, cwd=HERE) for _ in range(3)]
+    assert [run.wait() for run in runs] == [0, 0, 0]
+    names = [path.name for path in (tmp_path / "cache").iterdir()]
+    assert len(names) == len(list((tree / "cityscapes").rglob("*_leftImg8bit.png")))
+    assert not any(name.endswith(".tmp") for name in names)
+
+
+def test_a_full_disk_is_told_once_and_training_goes_on_without_the_cache(tree, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    cache = datasets.Cache(tmp_path / "cache")
+    for k in range(3):
+        assert_same(stream_of(tree)[k], stream_of(tree, cache=cache)[k])
+    assert not list((tmp_path / "cache").iterdir())
+    assert capsys.readouterr().out.count("not written (No space left on device); going on") == 1
+
+
+def test_the_cache_reaches_the_command(city, tmp_path):
+    for name, more in (("plain", []), ("cached", ["--cache", tmp_path / "cache", "--workers", 1])):
+        assert train.main(arguments(city, tmp_path / name, "--steps", 2, *more)) == 0
+    assert log_of(tmp_path / "plain") == log_of(tmp_path / "cached")
+    assert list((tmp_path / "cache").iterdir())
+
+
+def test_what_fails_while_the_network_goes_on_is_raised(checkpoint, tmp_path):
+    network, _ = evaluate.load_model(checkpoint)
+    for name in "ab":
+        picture_file(tmp_path, f"{name}.png")
+    found = datasets.pictures([tmp_path])
+    for bad in "ab":
+
+        def each(item, *_, bad=bad):
+            if item["name"] == bad:
+                raise OSError("disk full")
+
+        with pytest.raises(OSError, match="disk full"):
+            evaluate.evaluate(network, found, "cpu", each=each)
+
+
+def test_the_benchmark_writes_what_it_says(city, tmp_path, capsys):
+    path = tmp_path / "b.json"
+    alone = [
+        "--benchmark",
+        "1",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--crop",
+        "32",
+        "64",
+        "--batch-size",
+        "1",
+    ]
+    assert train.main([*alone, "--json", str(path)]) == 0
+    result, printed = json.loads(path.read_text()), capsys.readouterr().out
+    for name in ("plain_ms", "method_ms", "ratio", "data_ms", "images_per_second", "peak_memory_mb"):
+        assert result[name] > 0 and re.search(f"^{name} ", printed, re.MULTILINE)
+    assert result["ratio"] == pytest.approx(result["method_ms"] / result["plain_ms"])
+    took = result["method_ms"] + result["data_ms"]
+    assert result["images_per_second"] == pytest.approx(4 * 1000 / took)
+    assert {row["batch_size"] for row in result["growth"]} == {1, 2}
+    more = ["--benchmark", 1, "--cache", tmp_path / "cache", "--crop", 32, 64, "--low-memory"]
+    assert train.main(arguments(city, tmp_path / "out", *more)) == 0
+    assert "sample_cached_ms" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_compiled_networks_compute_the_same(city, tmp_path, monkeypatch):
+    real, compiled = nn.Module.compile, []
+
+    def quick(module):  # without the minute that generating code takes
+        compiled.append(module)
+        real(module, backend="aot_eager")
+
+    monkeypatch.setattr(nn.Module, "compile", quick)
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        assert train.main(arguments(city, tmp_path / name, "--steps", 2, *more)) == 0
+    assert len(compiled) == 2
+    for a, b in zip(log_of(tmp_path / "plain"), log_of(tmp_path / "compiled"), strict=True):
+        assert float(a["total"]) == pytest.approx(float(b["total"]), rel=1e-3)
+    assert (
+        state_of(tmp_path / "plain/last.pt")["model"].keys()
+        == state_of(tmp_path / "compiled/last.pt")["model"].keys()
+    )
+
+
+def together(processes, *command, **options):
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        HERE / "train.py",
+    ]
+    environment = ONE_THREAD | {"TORCHELASTIC_ERROR_FILE": os.devnull}
+    return subprocess.run(
+        [sys.executable, *map(str, (*launch, *command))],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
+
+
+def test_two_processes_are_one_training(small_city, tmp_path):
+    more = ["--crop", 32, 64, "--optimizer", "sgd", "--lr", 0.01, "--workers", 0, "--eval-every", 1]
+    out = tmp_path / "two"
+    run = together(2, *arguments(small_city, out, *more, "--steps", 2))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("at night:") == 2  # the first process alone speaks
+    last = state_of(out / "last.pt")
+
+    # The same by hand: each process's samples through the same weights, gradients averaged.
+    args = train.parse_args(arguments(small_city, tmp_path / "hand", *more, "--steps", 2))
+    args.processes = 2
+    torch.manual_seed(args.seed)
+    stream, validation = train.load_data(args)
+    method, optimizer = train.build(args)
+    assert len(stream) == 8
+    buffers = [{name: b.clone() for name, b in method.named_buffers()}] * 2
+    for step in (1, 2):
+        gradients = []
+        for rank in (0, 1):
+            method.load_state_dict(buffers[0], strict=False)  # the first process's statistics
+            torch.manual_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(63))
+            samples = [stream[k] for k in range((2 * step - 2 + rank) * 2, (2 * step - 1 + rank) * 2)]
+            batch = {name: torch.stack([s[name] for s in samples]) for name in samples[0] if name != "broken"}
+            label = batch.pop("source_label").long()
+            method.stage = "source" if step == 1 else "target"
+            optimizer.zero_grad()
+            method({k: v.float() / 255 for k, v in batch.items()} | {"source_label": label})[
+                "total"
+            ].backward()
+            gradients.append([p.grad for p in method.parameters()])
+            buffers[rank] = {name: b.clone() for name, b in method.named_buffers()}
+        for p, *both in zip(method.parameters(), *gradients, strict=True):
+            p.grad = None if both[0] is None else sum(both) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * (1 - (step - 1) / args.steps) ** args.power
+        optimizer.step()
+    method.load_state_dict(buffers[0], strict=False)
+    for name, value in method.state_dict().items():
+        torch.testing.assert_close(last["model"][name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+    scores = evaluate.evaluate(evaluate.load_model(out / "last.pt")[0], validation, "cpu")
+    assert float(log_of(out)[-1]["miou"]) == pytest.approx(scores["miou"], abs=1e-9)
+
+    # Resumed to the bit; with another number of processes it is another run.
+    cut = tmp_path / "cut"
+    assert together(2, *arguments(small_city, cut, *more, "--steps", 1)).returncode == 0
+    refused = together(1, *arguments(small_city, out, *more, "--steps", 3, "--resume"))
+    assert "--processes 2 there, 1 here" in refused.stderr
+    again = together(2, *arguments(small_city, out, *more, "--steps", 2, "--resume"))
+    assert again.returncode == 0 and "at step 2 of 2 already" in again.stdout
+
+
+def test_two_processes_tell_of_broken_files(tree, tmp_path):
+    for path in (tree / "cityscapes/leftImg8bit/train").rglob("*.png"):
+        damage(path, "truncate")
+    run = together(2, *arguments(tree, tmp_path / "run", "--steps", 2))
+    assert run.returncode != 0 and "not a readable image" in run.stderr

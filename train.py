@@ -4,26 +4,34 @@
     python train.py --cityscapes DIR --darkzurich DIR                the method
     python train.py --cityscapes DIR --darkzurich DIR --day-only     the baseline: labelled days alone
     python train.py --cityscapes DIR --darkzurich DIR --resume       go on from OUT/last.pt
+    torchrun --nproc_per_node=N train.py ...                         on N devices
+    python train.py --benchmark                                      what a step costs, part by part
 
 Writes OUT/last.pt (everything, to resume from), OUT/best.pt (what inference needs; chosen on labelled nights,
 so report last.pt), OUT/log.csv, OUT/args.json and OUT/samples.png (night image | prediction | label).
 """
 
 import argparse
+import collections
 import contextlib
 import csv
-import functools
 import io
 import json
 import math
 import os
+import random
+import resource
 import signal
+import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 from PIL import ImageDraw
+from torch import distributed, nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import make_grid
 
@@ -34,6 +42,7 @@ import losses
 import models
 
 TERMS = ("seg_day", "seg_night", "pseudo", "content", "style", "total")
+DOMAINS = ("source_day", "target_day", "target_night")
 COLUMNS = ("step", "lr", *TERMS, "miou", "miou_present", "skipped")
 LR = {"adamw": 5e-4, "sgd": 2.5e-4}
 DEMO = {
@@ -46,7 +55,17 @@ DEMO = {
 }
 # What a resumed run may change: nothing here touches what is computed; data may have moved.
 FREE = {"steps", "out", "device", "workers", "resume", "eval_every", "save_every", "log_every", "demo"}
-FREE |= {"skip_broken", "cityscapes", "darkzurich", "acdc", "synthetic_night"}
+FREE |= {
+    "skip_broken",
+    "cityscapes",
+    "darkzurich",
+    "acdc",
+    "synthetic_night",
+    "cache",
+    "low_memory",
+    "compile",
+}
+FREE |= {"benchmark", "json"}
 
 
 def parse_args(argv):
@@ -89,6 +108,7 @@ def parse_args(argv):
         default=0.0,
         help="random brightness, contrast, saturation of source days",
     )
+    add("--cache", metavar="DIR", help="keep decoded images there (Cityscapes and Dark Zurich: 59 GB)")
     add("--workers", **whole, default=2, help="decoding processes")
     add("--skip-broken", **whole, default=0, help="broken files to leave out before giving up")
 
@@ -113,6 +133,13 @@ def parse_args(argv):
         choices=ccdistill.NIGHT_WEIGHTS,
         default="norm",
         help="what M_n (night) shares with M_d (day): all, all but norms, nothing",
+    )
+
+    add(
+        "--batch-norm",
+        choices=ccdistill.BATCH_NORMS,
+        default="domain",
+        help="statistics of source and target together, or of each alone (ours)",
     )
 
     add = parser.add_argument_group("method").add_argument
@@ -145,6 +172,8 @@ def parse_args(argv):
     add("--weight-decay", **number, default=5e-4, help="of every parameter")
     add("--power", **number, default=0.9, help="of the polynomial decay of the learning rate; 0: constant")
     add("--amp", choices=("off", "bf16"), default="off", help="autocast of the networks")
+    add("--low-memory", action="store_true", help="compute activations again instead of keeping them")
+    add("--compile", action="store_true", help="torch.compile the networks")
     add("--seed", **whole, default=0, help="of weights, samples, crops, dropout")
 
     add = parser.add_argument_group("run").add_argument
@@ -160,12 +189,17 @@ def parse_args(argv):
     add("--eval-every", **whole, default=500, help="steps between validations")
     add("--save-every", **whole, default=500, help="steps between checkpoints")
     add("--log-every", **whole, default=20, help="steps between progress lines")
+    add(
+        "--benchmark", **whole, nargs="?", const=20, metavar="N", help="time N steps (20); alone: of the demo"
+    )
+    add("--json", metavar="FILE", help="write the benchmark's numbers")
 
     args = parser.parse_args(argv)
-    if args.demo:  # its own defaults, still overridden by what was given
+    if args.demo or (args.benchmark and not args.cityscapes):  # own defaults, overridden by what was given
         parser.set_defaults(**DEMO)
         args = parser.parse_args(argv)
     args.crop, args.scale = tuple(args.crop), tuple(args.scale)
+    args.processes = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
     args.lr = LR[args.optimizer] if args.lr is None else args.lr
     if problem := contradiction(args):
         parser.error(problem)
@@ -181,8 +215,9 @@ def contradiction(args):
         return f"--out {args.out} is a file"
     if args.day_only and args.synthetic_night:
         return "--day-only sees no night: leave --synthetic-night out"
-    for name in ("steps", "batch_size", "embedding_dim", "eval_every", "save_every", "log_every", "lr"):
-        if getattr(args, name) <= 0:
+    positive = ("steps", "batch_size", "embedding_dim", "eval_every", "save_every", "log_every", "lr")
+    for name in (*positive, "benchmark"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
             return f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}"
     weights = ("content_weight", "style_weight", "js_weight", "pseudo_weight", "weight_decay")
     for name in ("workers", "skip_broken", "power", "night_strength", *weights):
@@ -199,9 +234,16 @@ def contradiction(args):
             return f"--{name.replace('_', '-')} wants 0 to 1, got {getattr(args, name)}"
     if args.demo and (args.cityscapes or args.darkzurich or args.acdc or args.day_only):
         return "--demo draws its own data and trains day-only and the method on it: give it no other data"
-    if not args.demo and not args.cityscapes:
+    if (args.demo or args.benchmark) and (args.processes > 1 or args.resume):
+        return "--demo and --benchmark start anew, in one process: no torchrun, no --resume"
+    if args.benchmark and args.day_only:
+        return "--benchmark compares the method with plain training: leave --day-only out"
+    if args.json and (not args.benchmark or not Path(args.json).absolute().parent.is_dir()):
+        return f"--json {args.json}: for --benchmark, and in a folder that exists"
+    alone = args.demo or (args.benchmark and not (args.darkzurich or args.acdc))
+    if not alone and not args.cityscapes:
         return "--cityscapes DIR is needed (or --demo)"
-    if not args.demo and not args.day_only and not (args.darkzurich or args.acdc):
+    if not alone and not args.day_only and not (args.darkzurich or args.acdc):
         return "--darkzurich DIR or --acdc DIR is needed (or --day-only, or --demo)"
     if args.darkzurich and args.acdc:
         return "--darkzurich and --acdc: one target at a time"
@@ -245,17 +287,20 @@ def load_data(args):
             )
     stream = datasets.FourDomains(
         source, days, nights, args.crop, args.pairs != "none", synthetic, args.scale, args.jitter, args.seed,
-        length=args.steps * args.batch_size,
+        length=args.steps * args.batch_size * args.processes,
+        cache=datasets.Cache(args.cache, args.scale[1]) if args.cache else None,
     )  # fmt: skip
     return stream, validation
 
 
 def batches(stream, start, args):
-    """The stream from step `start` on, as dicts of device tensors: images float in [0, 1], labels int64."""
+    """The stream from step `start` on, as dicts of device tensors: images float in [0, 1], labels int64. Of each
+    step's samples every process takes its share."""
+    size, (rank, processes) = args.batch_size, evaluate.ranks()
+    firsts = range((start * processes + rank) * size, len(stream), processes * size)
     loader = torch.utils.data.DataLoader(
         stream,
-        args.batch_size,
-        sampler=range(start * args.batch_size, len(stream)),
+        batch_sampler=[range(first, first + size) for first in firsts],
         num_workers=args.workers,
         worker_init_fn=evaluate.quiet_worker,
         pin_memory=args.device.startswith("cuda"),
@@ -276,7 +321,9 @@ def batches(stream, start, args):
 
 
 def save(state, path):
-    """Write a checkpoint so that `path` always holds a whole one: aside, flushed, renamed."""
+    """Write a checkpoint so that `path` always holds a whole one: aside, flushed, renamed. One process does."""
+    if evaluate.ranks()[0]:
+        return
     aside, buffer = Path(f"{path}.tmp"), io.BytesIO()
     torch.save(state, buffer)
     try:
@@ -292,14 +339,18 @@ def save(state, path):
 
 def validate(method, validation, args):
     """Score M_n on the labelled nights and draw the first four into OUT/samples.png."""
-    tiles = []
+    tiles, (rank, processes) = [], evaluate.ranks()
+    if processes > 1:  # all score the same network: the first one's statistics, which are saved
+        for buffer in method.buffers():
+            distributed.broadcast(buffer, 0)
 
     def draw(item, prediction, _):
         if len(tiles) < 12:
             tiles.extend([item["image"], datasets.colourise(prediction), datasets.colourise(item["label"])])
 
     result = evaluate.evaluate(method.night, validation, args.device, args.workers, draw)
-    picture(tiles, 3, Path(args.out, "samples.png"))
+    if rank == 0:
+        picture(tiles, 3, Path(args.out, "samples.png"))
     return result
 
 
@@ -322,9 +373,11 @@ def build(args, architecture=None):
     else:
         classes, formats = len(datasets.NAMES), args.input_format
         model = models.DeepLab(args.backbone, classes, args.output_stride, args.head, args.weights, formats)
+    model.low_memory = args.low_memory
     method = ccdistill.CCDistill(
         model,
         night_weights="shared" if args.day_only else args.night_weights,
+        batch_norm=args.batch_norm,
         night_style=args.night_style,
         night_strength=args.night_strength,
         projection=not args.no_projection and not args.day_only and args.content_weight > 0,
@@ -336,17 +389,14 @@ def build(args, architecture=None):
         pseudo_threshold=args.pseudo_threshold,
         target_paired=args.pairs != "none",
     ).to(args.device, memory_format=torch.channels_last)
-    if args.optimizer == "sgd":
-        kind = functools.partial(torch.optim.SGD, momentum=0.9)
-    else:
-        kind = torch.optim.AdamW
-    return method, kind(method.parameters(), args.lr, weight_decay=args.weight_decay)
-
-
-def day_only(method, batch):
-    """The baseline in the method's terms: M_d on S_d, nothing else."""
-    loss = losses.segmentation_loss(method.day(batch["source_day"])[1], batch["source_label"])
-    return {"seg_day": loss, "total": loss}
+    if args.processes > 1 and args.device.startswith("cuda"):
+        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    if args.compile:
+        method.day.compile()
+        method.night.compile()
+    if args.optimizer == "sgd":  # not fused: that fails where some parameters have moments and others not yet
+        return method, torch.optim.SGD(method.parameters(), args.lr, 0.9, weight_decay=args.weight_decay)
+    return method, torch.optim.AdamW(method.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
 
 
 def inference_state(args, step, method):
@@ -361,14 +411,12 @@ def inference_state(args, step, method):
 
 
 def full_state(args, step, method, optimizer, best, skipped):
-    """Everything that the rest of a run depends on; a sample's randomness depends on seed and step alone."""
+    """Everything that the rest of a run depends on: what is random in a step depends on seed and step alone."""
     return inference_state(args, step, method) | {
         "model": method.state_dict(),
         "optimizer": optimizer.state_dict(),
         "best": best,
         "skipped": skipped,
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state(args.device) if args.device.startswith("cuda") else None,
     }
 
 
@@ -394,14 +442,11 @@ def resumable(args):
     return state | {"path": path}
 
 
-def restore(state, args, method, optimizer):
+def restore(state, method, optimizer):
     """Put a last.pt's content back into its places; returns its (step, best score, files skipped)."""
     try:
         method.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None and args.device.startswith("cuda"):
-            torch.cuda.set_rng_state(state["cuda_rng"], args.device)
         return state["step"], state["best"], state["skipped"]
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
@@ -410,7 +455,9 @@ def restore(state, args, method, optimizer):
 
 
 def open_log(path, step):
-    """OUT/log.csv for appending, its rows after `step` dropped."""
+    """OUT/log.csv for appending, its rows after `step` dropped. One process writes it."""
+    if evaluate.ranks()[0]:
+        return open(os.devnull, "w")
     rows = []
     if step and path.exists():
         with open(path, newline="") as file:
@@ -464,31 +511,40 @@ def train(args):
     torch.manual_seed(args.seed)
     stream, validation = load_data(args)
     method, optimizer = build(args, state and state["architecture"])
-    start, best, skipped = restore(state, args, method, optimizer) if state else (0, -1.0, 0)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "args.json").write_text(json.dumps(vars(args), indent=1))
+    start, best, skipped = restore(state, method, optimizer) if state else (0, -1.0, 0)
+    rank, processes = evaluate.ranks()
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "args.json").write_text(json.dumps(vars(args), indent=1))
     if start == args.steps:
         print(f"{out / 'last.pt'}: at step {start} of {args.steps} already", flush=True)
     method.train()
+    parallel = method
+    if processes > 1:  # the projection head rests in the warm-up
+        parallel = nn.parallel.DistributedDataParallel(method, find_unused_parameters=args.warmup > 0)
     done, began = start, time.monotonic()
     with stop_signals() as stop, open_log(out / "log.csv", start) as log:
         writer = csv.DictWriter(log, COLUMNS)
         try:
             for step, batch in enumerate(batches(stream, start, args), start + 1):
-                skipped = skip(batch.pop("broken"), skipped, args)
+                # Dropout. The rest of a step's randomness is its samples', see datasets.FourDomains.
+                torch.manual_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(63))
                 lr = args.lr * (1 - (step - 1) / args.steps) ** args.power
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                method.source_only = step <= args.warmup * args.steps
-                with torch.autocast(
-                    torch.device(args.device).type, torch.bfloat16, enabled=args.amp == "bf16"
-                ):
-                    terms = day_only(method, batch) if args.day_only else method(batch)
-                values = dict(zip(terms, torch.stack(list(terms.values())).tolist(), strict=True))
+                warm = step <= args.warmup * args.steps
+                method.stage = "day" if args.day_only else "source" if warm else "target"
+                broken = [line for lines in batch.pop("broken") for line in lines.splitlines()]
+                with autocast(args):
+                    terms = parallel(batch)
+                numbers = torch.stack(list(terms.values())).tolist()
+                *numbers, left_out, leave = summed([*numbers, len(broken), bool(stop)], args.device)
+                values = {name: number / processes for name, number in zip(terms, numbers, strict=True)}
+                skipped = skip(broken, skipped, left_out, args)
                 check_finite(values, step, batch, method, out)
                 optimizer.zero_grad()
                 terms["total"].backward()
-                norm = torch.nn.utils.clip_grad_norm_(method.parameters(), math.inf)  # measured, not clipped
+                norm = nn.utils.clip_grad_norm_(method.parameters(), math.inf)  # measured, not clipped
                 check_finite({"the gradient": norm.item()}, step, batch, method, out)
                 optimizer.step()
 
@@ -506,11 +562,12 @@ def train(args):
                 finally:
                     writer.writerow(row)
                     done = step
-                if stop or step % args.save_every == 0 or step == args.steps:
+                leave = leave or (processes == 1 and stop)  # several leave together, at their next step
+                if leave or step % args.save_every == 0 or step == args.steps:
                     save(full_state(args, step, method, optimizer, best, skipped), out / "last.pt")
-                if stop:
+                if leave:
                     print(f"stopped at step {step}; the same command with --resume goes on", flush=True)
-                    sys.exit(128 + stop[0])
+                    sys.exit(128 + (stop or [signal.SIGTERM])[0])
         except datasets.DataError:
             if done > start:
                 save(full_state(args, done, method, optimizer, best, skipped), out / "last.pt")
@@ -518,14 +575,29 @@ def train(args):
             raise
 
 
-def skip(broken, skipped, args):
-    """How many files are left out by now, this batch's told; more than --skip-broken raises DataError."""
-    for line in (line for lines in broken for line in lines.splitlines()):
-        skipped += 1
-        if skipped > args.skip_broken:
-            raise datasets.DataError(f"{line}; --skip-broken {skipped} would leave it out")
-        print(f"left out ({skipped} of {args.skip_broken}): {line}", flush=True)
-    return skipped
+def autocast(args):
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp == "bf16")
+
+
+def summed(numbers, device):
+    """Numbers summed over all processes."""
+    if evaluate.ranks()[1] == 1:
+        return numbers
+    total = torch.tensor(numbers, dtype=torch.float64, device=device)
+    distributed.all_reduce(total)
+    return total.tolist()
+
+
+def skip(broken, skipped, left_out, args):
+    """How many files are left out by now, this step's told (`broken`: by this process, left_out: by all); more
+    than --skip-broken raises DataError."""
+    for number, line in enumerate(broken, skipped + 1):
+        if number > args.skip_broken:
+            raise datasets.DataError(f"{line}; --skip-broken {number} would leave it out")
+        print(f"left out ({number} of {args.skip_broken}): {line}", flush=True)
+    if skipped + left_out > args.skip_broken and left_out > len(broken):
+        raise datasets.DataError(f"another process left out more than --skip-broken {args.skip_broken}")
+    return int(skipped + left_out)
 
 
 def check_finite(values, step, batch, method, out):
@@ -577,10 +649,189 @@ def demo(args):
     print(f"picture: {out / 'comparison.png'}")
 
 
+def join(args):
+    """Take this process's place among those that torchrun started, and its device. The first one speaks."""
+    cuda = args.device.startswith("cuda")
+    if cuda:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    distributed.init_process_group("nccl" if cuda else "gloo")
+    if evaluate.ranks()[0]:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+# ---- the benchmark -----------------------------------------------------------------------------------------
+
+
+def benchmark(args):
+    """Time the method's steps and plain supervised steps of the same network on as many images, in turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.cityscapes:
+            datasets.make_demo_city(folder, train=8 * args.batch_size, val=0)
+            args.cityscapes, args.darkzurich = f"{folder}/cityscapes", f"{folder}/darkzurich"
+        args.steps = 2 * (args.benchmark + 2)
+        stream, _ = load_data(args)
+        method, optimizer = build(args)
+        method.train()
+        result = step_times(method, optimizer, batches(stream, 0, args), args)
+        result |= sample_times(stream, min(args.benchmark, 10))
+    result |= {"args": vars(args), "torch": torch.__version__}
+    for name, value in result.items():
+        if isinstance(value, float):
+            print(f"{name:24} {value:10.2f}   {result['spread'].get(name, '')}")
+    print("\ngrowth: images a domain, crop, ms a step, microseconds a step and 1000 pixels")
+    for row in result["growth"]:
+        pixels = 4 * row["batch_size"] * math.prod(row["crop"])
+        print(f"{row['batch_size']:6} {row['crop']!s:12} {row['ms']:10.1f} {1e6 * row['ms'] / pixels:10.1f}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1))
+        print(f"{args.json}: written")
+
+
+def clock(device):
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() * 1000
+
+
+def step_times(method, optimizer, feed, args):
+    """Milliseconds, memory and operations of steps, as a dict; see README, Speed."""
+    times, cuda = collections.defaultdict(list), args.device.startswith("cuda")
+
+    def plain(batch):
+        method.stage = "day"
+        images = [batch[name] for name in ("source_day", *DOMAINS)]
+        return method(
+            {"source_day": torch.cat(images), "source_label": batch["source_label"].repeat(4, 1, 1)}
+        )
+
+    def full(batch):
+        method.stage = "target"
+        return method(batch)
+
+    def step(run, batch):
+        began = clock(args.device)
+        with autocast(args):
+            loss = run(batch)["total"]
+        optimizer.zero_grad()
+        loss.backward()
+        middle = clock(args.device)
+        optimizer.step()
+        return {"forward_backward_ms": middle - began, "optimizer_ms": clock(args.device) - middle}
+
+    for n in range(-2, args.benchmark):  # two rounds to warm up
+        began = clock(args.device)
+        batch = next(feed)
+        waited = clock(args.device) - began
+        next(feed)  # for a wait as long as in training; both steps see the same images
+        took = {"plain": step(plain, batch)}
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        took["method"] = step(full, batch)
+        if n >= 0:
+            for name, parts in took.items():
+                times[f"{name}_ms"].append(sum(parts.values()))
+            for name, value in ({"data_ms": waited} | took["method"] | terms(method, batch, args)).items():
+                times[name].append(value)
+    memory = {"process_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    if cuda:
+        memory["device_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    result = {name: statistics.median(values) for name, values in times.items()}
+    result["ratio"] = result["method_ms"] / result["plain_ms"]
+    images = 4 * args.batch_size
+    result["images_per_second"] = 1000 * images / (result["method_ms"] + result["data_ms"])
+    result["spread"] = {name: f"{min(values):.2f} to {max(values):.2f}" for name, values in times.items()}
+    ratios = [a / b for a, b in zip(times["method_ms"], times["plain_ms"], strict=True)]
+    result["spread"]["ratio"] = f"{min(ratios):.2f} to {max(ratios):.2f}"
+    result |= memory | {"peak_memory_mb": memory.get("device_memory_mb", memory["process_memory_mb"])}
+
+    with FlopCounterMode(display=False) as counter:
+        step(full, batch)
+    size, dtype = (8192 if cuda else 1024), torch.bfloat16 if args.amp == "bf16" else torch.float32
+    square, products = torch.rand(size, size, device=args.device).to(dtype), []
+    for _ in range(6):
+        began = clock(args.device)
+        square @ square
+        products.append(clock(args.device) - began)
+    achieved = counter.get_total_flops() / result["method_ms"] / 1e9
+    result |= {"teraflops": achieved, "matmul_teraflops": 2 * size**3 / min(products) / 1e9}
+    result["share_of_matmul"] = achieved / result["matmul_teraflops"]
+
+    result["growth"] = []
+    for size in (args.batch_size, 2 * args.batch_size):
+        for side in (2, 1):
+            crop = [max(32, length // side) for length in args.crop]
+            fake = {name: torch.rand(size, 3, *crop, device=args.device) for name in DOMAINS}
+            fake["source_label"] = torch.randint(19, (size, *crop), device=args.device)
+            took = statistics.median(sum(step(full, fake).values()) for _ in range(4))
+            result["growth"].append({"batch_size": size, "crop": crop, "ms": took})
+    return result
+
+
+def terms(method, batch, args):
+    """Milliseconds of each of the method's terms alone, forward and backward, from features and logits on."""
+    source, nights, label = batch["source_day"], batch["target_night"], batch["source_label"]
+    began = clock(args.device)
+    ccdistill.night_style(source, nights, args.night_style, args.night_strength)
+    took = {"night_style_ms": clock(args.device) - began}
+    with torch.no_grad(), autocast(args):
+        (f_s, p_s), (f_t, p_t) = method.networks([source], [nights])
+
+    def content(*features):
+        embeddings = map(method.embed, features)
+        return losses.content_distill(*embeddings, args.js_weight, method.target_paired)
+
+    for name, function, inputs in (
+        ("seg_ms", lambda p: losses.segmentation_loss(p, label), [p_s]),
+        ("pseudo_ms", method.pseudo, [p_t, p_t]),
+        ("content_ms", content, [f_s, f_s, f_t, f_t]),
+        ("style_ms", losses.style_distill, [f_s, f_s, f_t, f_t]),
+    ):
+        leaves = [value.detach().clone().requires_grad_() for value in inputs]
+        began = clock(args.device)
+        with autocast(args):
+            function(*leaves).backward()
+        took[name] = clock(args.device) - began
+    return took
+
+
+def sample_times(stream, count):
+    """Milliseconds of one training sample: as this stream gets it, as by decoding, and by the usual chain."""
+    cache, mean, std = stream.cache, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+    def usual(k):
+        """Whole images to RGB, resized, to float tensors, normalised, and then cropped."""
+        sample, factor = stream.source[k % len(stream.source)], random.Random(k).uniform(*stream.scale)
+        for path in (sample.image, *(paths[k % len(paths)] for paths in (stream.days, stream.nights))):
+            image = datasets.open_image(path)
+            size = [max(stream.crop[n], round(image.size[1 - n] * factor)) for n in (0, 1)]
+            image = TF.to_dtype(TF.pil_to_tensor(TF.resize(image, size)), torch.float32, scale=True)
+            TF.center_crop(TF.normalize(image, mean, std), stream.crop)
+        label = TF.resize(datasets.open_label(sample.label), size, TF.InterpolationMode.NEAREST)
+        TF.center_crop(TF.pil_to_tensor(label), stream.crop)
+
+    took = collections.defaultdict(list)
+    for k in range(count):
+        for name, get, kept in (
+            ("chain", usual, None),
+            ("decoded", stream.item, None),
+            ("filled", stream.item, cache),
+            ("cached", stream.item, cache),
+        ):
+            if kept or name in ("chain", "decoded"):
+                stream.cache, began = kept, clock("cpu")
+                get(k)
+                took[f"sample_{name}_ms"].append(clock("cpu") - began)
+    stream.cache = cache
+    return {name: statistics.median(values) for name, values in took.items()}
+
+
 def main(argv=None):
     args = parse_args(argv)
     try:
-        demo(args) if args.demo else train(args)
+        if args.processes > 1:
+            join(args)
+        (demo if args.demo else benchmark if args.benchmark else train)(args)
     except (ValueError, OSError) as error:
         where = f"{args.out}: " if isinstance(error, OSError) and error.errno and not error.filename else ""
         print(f"train.py: error: {where}{datasets.one_line(error)}", file=sys.stderr)
@@ -588,6 +839,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("train.py: interrupted; what was saved is whole", file=sys.stderr)
         return 130
+    finally:
+        if evaluate.ranks()[1] > 1:
+            distributed.destroy_process_group()
     return 0
 
 
