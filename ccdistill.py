@@ -15,22 +15,23 @@ from torch import nn
 from losses import content_distill, pseudo_labels, segmentation_loss, style_distill
 from models import ProjectionHead, apart
 
-NIGHT_STYLES = ("fda", "color")
+NIGHT_STYLES = ("fda", "color", "histogram", "random")
 NIGHT_WEIGHTS = ("shared", "norm", "separate")
 BATCH_NORMS = ("joint", "domain")
-STRENGTH = {"fda": 0.01, "color": 1.0}
+STRENGTH = {"fda": 0.01}  # of the others: 1
 
 
 @torch.no_grad()
-def night_style(day, night, method="fda", strength=None):
+def night_style(day, night, method="random", strength=None):
     """The figure's "Trans": the light of `night` on the content of `day`; no trained network (our choice).
 
     fda: the lowest spatial frequencies take the night's amplitude and keep their phase (Yang & Soatto, CVPR
     2020); strength is the paper's beta, the half-width of the exchanged window as a share of the shorter
     side. color: each RGB channel takes the night's mean and standard deviation (after Reinhard et al., 2001,
-    who did it in another colour space); strength blends from 0 (day) to 1. day: (B, 3, H, W), night: (B or 1,
-    3, any, any), float RGB in [0, 1]. Returns (B, 3, H, W) float32 in [0, 1]. Raises ValueError on an unknown
-    method or shapes that do not match.
+    who did it in another colour space). histogram: each channel takes the night's whole histogram. random:
+    one of the last two, drawn for each image. Their strength blends from 0 (day) to 1. day: (B, 3, H, W),
+    night: (B or 1, 3, any, any), float RGB in [0, 1]. Returns (B, 3, H, W) float32 in [0, 1]. Raises
+    ValueError on an unknown method or shapes that do not match.
     """
     if method not in NIGHT_STYLES:
         raise ValueError(f"night style must be one of {NIGHT_STYLES}, got {method!r}")
@@ -43,23 +44,47 @@ def night_style(day, night, method="fda", strength=None):
         raise ValueError(
             f"expected (B, 3, H, W) twice, got day {tuple(day.shape)}, night {tuple(night.shape)}"
         )
-    strength = STRENGTH[method] if strength is None else strength
+    strength = STRENGTH.get(method, 1.0) if strength is None else strength
     with torch.autocast(day.device.type, enabled=False):
         day, night = day.float(), night.float()
-        if method == "color":
-            std, mean = torch.std_mean(day, (2, 3), keepdim=True, correction=0)
-            night_std, night_mean = torch.std_mean(night, (2, 3), keepdim=True, correction=0)
-            styled = torch.lerp(day, (day - mean) / std.clamp(min=1e-5) * night_std + night_mean, strength)
+        if method == "fda":
+            return _low_frequencies(day, night, strength).clamp(0, 1)
+        if method == "random":
+            coin = torch.rand(len(day), 1, 1, 1, device=day.device) < 0.5
+            styled = torch.where(coin, _colors(day, night), _histograms(day, night))
         else:
-            height, width = day.shape[2:]
-            night = F.interpolate(night, (height, width), mode="bilinear", antialias=True)
-            spectrum, target = torch.fft.rfft2(day), torch.fft.rfft2(night).abs()
-            b = int(strength * min(height, width))
-            low = torch.fft.fftfreq(height, 1 / height, device=day.device).abs()[:, None] <= b
-            low = low & (torch.arange(width // 2 + 1, device=day.device) <= b)
-            amplitude = torch.where(low, target, spectrum.abs())
-            styled = torch.fft.irfft2(torch.polar(amplitude, spectrum.angle()), s=(height, width))
-    return styled.clamp(0, 1)
+            styled = (_colors if method == "color" else _histograms)(day, night)
+        return torch.lerp(day, styled, strength).clamp(0, 1)
+
+
+def _low_frequencies(day, night, beta):
+    height, width = day.shape[2:]
+    night = F.interpolate(night, (height, width), mode="bilinear", antialias=True)
+    spectrum, target = torch.fft.rfft2(day), torch.fft.rfft2(night).abs()
+    b = int(beta * min(height, width))
+    low = torch.fft.fftfreq(height, 1 / height, device=day.device).abs()[:, None] <= b
+    low = low & (torch.arange(width // 2 + 1, device=day.device) <= b)
+    amplitude = torch.where(low, target, spectrum.abs())
+    return torch.fft.irfft2(torch.polar(amplitude, spectrum.angle()), s=(height, width))
+
+
+def _colors(day, night):
+    std, mean = torch.std_mean(day, (2, 3), keepdim=True, correction=0)
+    night_std, night_mean = torch.std_mean(night, (2, 3), keepdim=True, correction=0)
+    return (day - mean) / std.clamp(min=1e-5) * night_std + night_mean
+
+
+def _histograms(day, night):
+    def levels_and_ranks(images):  # 256 levels, and the share of a channel's pixels up to each
+        levels = (images.flatten(0, 1).flatten(1) * 255).round().long()
+        place = levels + 256 * torch.arange(len(levels), device=images.device)[:, None]
+        counts = place.flatten().bincount(minlength=256 * len(levels)).view(-1, 256)
+        return levels, counts.cumsum(1) / levels.shape[1]
+
+    levels, ranks = levels_and_ranks(day)
+    _, night_ranks = levels_and_ranks(night.expand(len(day), -1, -1, -1))
+    table = torch.searchsorted(night_ranks, ranks).clamp(max=255) / 255
+    return table.gather(1, levels).view_as(day)
 
 
 def night_model(day, night_weights):
@@ -85,7 +110,7 @@ class CCDistill(nn.Module):
         total = seg(S_d) + seg(S_n) + pseudo_weight * pseudo + content_weight * CDC + style_weight * CDS
     and a term whose weight is 0 is not computed. projection=False: e is the globally average-pooled F.
     batch_norm: in training, batch statistics are those of S and T together ("joint", the figure's: two days,
-    or two nights, are one batch), or of each domain alone ("domain", ours). target_paired: T_d and T_n of a
+    or two nights, are one batch), or of each domain alone, the source's being kept for use ("domain", ours). target_paired: T_d and T_n of a
     sample show the same place.
     """
 
@@ -94,14 +119,14 @@ class CCDistill(nn.Module):
         model,
         night_weights="norm",
         batch_norm="domain",
-        night_style="color",
+        night_style="random",
         night_strength=None,
         projection=True,
         embedding_dim=128,
         content_weight=1.0,
         style_weight=1.0,
         js_weight=1.0,
-        pseudo_weight=1.0,
+        pseudo_weight=0.25,
         pseudo_threshold=0.6,
         target_paired=True,
     ):
@@ -131,10 +156,11 @@ class CCDistill(nn.Module):
         found = []
         for run in [[run] for run in runs] if self.night_weights == "separate" else [runs]:
             images = [batch for _, batches in run for batch in batches]
-            norms = (
-                run if self.batch_norm == "joint" else [(net, [b]) for net, batches in run for b in batches]
-            )
-            apart([net for net, _ in norms], [sum(map(len, batches)) for _, batches in norms])
+            parts = [(net, batches, True) for net, batches in run]
+            if self.batch_norm == "domain":  # the source, which has the labels, comes first
+                parts = [(net, [b], b is batches[0]) for net, batches in run for b in batches]
+            networks, batches, noted = zip(*parts, strict=True)
+            apart(networks, [sum(map(len, part)) for part in batches], noted)
             sizes = [len(batch) for batch in images]
             maps = (values.split(sizes) for values in run[0][0](torch.cat(images)))  # F and P of all
             found += zip(*maps, strict=True)

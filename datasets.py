@@ -391,14 +391,13 @@ class FourDomains(torch.utils.data.Dataset):
 
     Everything random about item k comes from (seed, k) alone, k counting samples from the first step on:
     loader workers and resumed runs see the same items. source: [Sample]; days, nights: paths, paired if
-    `paired`. scale: range of the resizing before the crop. jitter: range of brightness, contrast and
-    saturation, S_d only. cache: a Cache, whose factor counts as part of `scale`.
+    `paired`. scale: range of the resizing before the crop. cache: a Cache, whose factor counts as part of `scale`.
     """
 
-    def __init__(self, source, days, nights, crop, paired=True, synthetic=None, scale=(0.5, 1.0), jitter=0.0,
-                 seed=0, length=1, cache=None):  # fmt: skip
+    def __init__(self, source, days, nights, crop, paired=True, synthetic=None, scale=(0.5, 1.0), seed=0,
+                  length=1, cache=None):  # fmt: skip
         self.source, self.days, self.nights, self.synthetic = source, days, nights, synthetic
-        self.crop, self.paired, self.jitter = crop, paired, jitter
+        self.crop, self.paired = crop, paired
         self.scale = [limit / (cache.factor if cache else 1) for limit in scale]
         self.seed, self.length, self.cache = seed, length, cache
 
@@ -428,7 +427,7 @@ class FourDomains(torch.utils.data.Dataset):
         image, label = opened(self.source[n].image), opened(self.source[n].label, open_label)
         cut = random_crop(TF.get_size(image), self.crop, self.scale, rng)
         item = {
-            "source_day": self.jittered(cut(image), rng),
+            "source_day": cut(image),
             "source_label": cut(label, TF.InterpolationMode.NEAREST_EXACT)[0],
         }
         if self.synthetic:
@@ -443,11 +442,6 @@ class FourDomains(torch.utils.data.Dataset):
                 cut = random_crop(TF.get_size(day), self.crop, self.scale, rng)
             item["target_day"] = cut(day)
         return item
-
-    def jittered(self, image, rng):
-        for adjust in (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation) if self.jitter else ():
-            image = adjust(image, rng.uniform(1 - self.jitter, 1 + self.jitter))
-        return image
 
 
 @functools.lru_cache(maxsize=8)

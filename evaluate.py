@@ -152,7 +152,7 @@ def _in_windows(model, images, window):
 @torch.no_grad()
 def predictions(model, found, device, workers=0, **views):
     """Yield (item of datasets.Images, prediction (H, W) int64, confidence (H, W)), the last two on the
-    device, one image at a time; `views`: scales, flip and window of `probabilities`."""
+    device, one image at a time; `views`: scales, flip and window of `probabilities`, none for the plain one."""
     training = model.training
     model.eval()
     loader = torch.utils.data.DataLoader(
@@ -163,9 +163,12 @@ def predictions(model, found, device, workers=0, **views):
         generator=torch.Generator(),
     )
     for item in loader:
-        confidence, prediction = probabilities(model, to_float(item["image"][None], device), **views)[0].max(
-            0
-        )
+        images = to_float(item["image"][None], device)
+        if views or min(images.shape[2:]) < 32:
+            confidence, prediction = probabilities(model, images, **views)[0].max(0)
+        else:  # the same in strips, which stay in the processor's cache
+            strips = (strip.softmax(1).max(1) for strip in model(images)[1].split(32, 2))
+            confidence, prediction = (torch.cat(parts, 1)[0] for parts in zip(*strips, strict=True))
         yield item, prediction, confidence
     model.train(training)
 
@@ -492,6 +495,7 @@ def run(args):
             submission.add(item, prediction, confidence)
 
     views = {"scales": args.scales, "flip": args.flip, "window": args.window}
+    views = {} if views == {"scales": [1.0], "flip": False, "window": None} else views
     result = evaluate(model, found, args.device, args.workers, write, args.uiou, **views)
     if result:
         print(table(result))

@@ -45,27 +45,12 @@ TERMS = ("seg_day", "seg_night", "pseudo", "content", "style", "total")
 DOMAINS = ("source_day", "target_day", "target_night")
 COLUMNS = ("step", "lr", *TERMS, "miou", "miou_present", "skipped")
 LR = {"adamw": 5e-4, "sgd": 2.5e-4}
-DEMO = {
-    "out": "runs/demo",
-    "steps": 250,
-    "batch_size": 4,
-    "crop": (96, 192),
-    "eval_every": 250,
-    "save_every": 50,
-}
+DEMO = {"out": "runs/demo", "steps": 250, "batch_size": 4, "crop": (96, 192)}
+DEMO |= {"eval_every": 250, "save_every": 50}
 # What a resumed run may change: nothing here touches what is computed; data may have moved.
 FREE = {"steps", "out", "device", "workers", "resume", "eval_every", "save_every", "log_every", "demo"}
-FREE |= {
-    "skip_broken",
-    "cityscapes",
-    "darkzurich",
-    "acdc",
-    "synthetic_night",
-    "cache",
-    "low_memory",
-    "compile",
-}
-FREE |= {"benchmark", "json"}
+FREE |= {"skip_broken", "cityscapes", "darkzurich", "acdc", "synthetic_night", "cache", "low_memory"}
+FREE |= {"compile", "benchmark", "json"}
 
 
 def parse_args(argv):
@@ -78,36 +63,18 @@ def parse_args(argv):
     )
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
 
-    number, whole = {"type": float}, {"type": int}
+    number, whole, flag = {"type": float}, {"type": int}, {"action": "store_true"}
     add = parser.add_argument_group("data").add_argument
     add("--cityscapes", metavar="DIR", help="labelled days: holds leftImg8bit/ and gtFine/ (labelIds)")
     add("--darkzurich", metavar="DIR", help="unlabelled days and nights: holds rgb_anon/, corresp/, gt/val/")
     add("--acdc", metavar="DIR", help="ACDC night instead: rgb_anon/night/{train,train_ref}, gt/night/val/")
-    add(
-        "--demo",
-        action="store_true",
-        help="draw a small city, compare; 250 steps, batch 4, crop 96 192, runs/demo",
-    )
+    add("--demo", **flag, help="draw a small city, compare; 250 steps, batch 4, crop 96 192, runs/demo")
     add("--pairs", metavar="FILE", default="corresp", help="csv of NIGHT,DAY lines; none: unrelated images")
-    add(
-        "--labels",
-        choices=tuple(datasets.TABLES),
-        default="labelTrainIds",
-        help="read if both kinds are there",
-    )
-    add(
-        "--synthetic-night",
-        metavar="DIR",
-        help="ready-made nights (leftImg8bit's tree), no --night-style",
-    )
+    kinds = tuple(datasets.TABLES)
+    add("--labels", choices=kinds, default="labelTrainIds", help="read if both kinds are there")
+    add("--synthetic-night", metavar="DIR", help="ready-made nights (leftImg8bit's tree), no --night-style")
     add("--crop", **whole, nargs=2, metavar=("H", "W"), default=(512, 512), help="training crop")
     add("--scale", **number, nargs=2, metavar=("MIN", "MAX"), default=(0.5, 1.0), help="resizing before it")
-    add(
-        "--jitter",
-        **number,
-        default=0.0,
-        help="random brightness, contrast, saturation of source days",
-    )
     add("--cache", metavar="DIR", help="keep decoded images there (Cityscapes and Dark Zurich: 59 GB)")
     add("--workers", **whole, default=2, help="decoding processes")
     add("--skip-broken", **whole, default=0, help="broken files to leave out before giving up")
@@ -115,83 +82,53 @@ def parse_args(argv):
     add = parser.add_argument_group("network").add_argument
     add("--backbone", choices=models.BACKBONES, default="resnet18", help="torchvision's ResNet")
     add("--output-stride", **whole, choices=(8, 16), default=16, help="image size over feature size")
-    add(
-        "--head",
-        choices=models.HEADS,
-        default="aspp",
-        help="DeepLab v3's, or v2's (a sum of dilated classifiers)",
-    )
+    head = "DeepLab v3's, or v2's (a sum of dilated classifiers)"
+    add("--head", choices=models.HEADS, default="aspp", help=head)
     add("--weights", default="none", help="none, imagenet (IMAGENET1K_V1, downloaded) or a state dict's file")
-    add(
-        "--input-format",
-        choices=tuple(models.INPUT_FORMATS),
-        default="imagenet",
-        help="what --weights expect: RGB as torchvision, or BGR as Caffe",
-    )
-    add(
-        "--night-weights",
-        choices=ccdistill.NIGHT_WEIGHTS,
-        default="norm",
-        help="what M_n (night) shares with M_d (day): all, all but norms, nothing",
-    )
-
-    add(
-        "--batch-norm",
-        choices=ccdistill.BATCH_NORMS,
-        default="domain",
-        help="statistics of source and target together, or of each alone (ours)",
-    )
+    formats, what = tuple(models.INPUT_FORMATS), "what --weights expect: RGB as torchvision, or BGR as Caffe"
+    add("--input-format", choices=formats, default="imagenet", help=what)
+    share = "what M_n (night) shares with M_d (day): all, all but norms, nothing"
+    add("--night-weights", choices=ccdistill.NIGHT_WEIGHTS, default="norm", help=share)
+    share = "batch statistics of source and target together (the figure's), or each its own (ours)"
+    add("--batch-norm", choices=ccdistill.BATCH_NORMS, default="domain", help=share)
 
     add = parser.add_argument_group("method").add_argument
-    add("--day-only", action="store_true", help="the baseline: labelled source days alone")
-    add(
-        "--night-style",
-        choices=ccdistill.NIGHT_STYLES,
-        default="color",
-        help="how synthetic nights are made of source days",
-    )
-    add(
-        "--night-strength",
-        **number,
-        help="fda: half-width of the exchanged band, 0.01 if not given; color: 0 to 1, 1",
-    )
+    add("--day-only", **flag, help="the baseline: labelled source days alone")
+    how = "how synthetic nights are made of source days (ours)"
+    add("--night-style", choices=ccdistill.NIGHT_STYLES, default="random", help=how)
+    how = "fda: half-width of the exchanged band, 0.01 if not given; the others: 0 to 1, 1"
+    add("--night-strength", **number, help=how)
     add("--content-weight", **number, default=1.0, help="of content distillation (CDC); 0: not computed")
     add("--style-weight", **number, default=1.0, help="of style distillation (CDS); 0: not computed")
     add("--js-weight", **number, default=0.1, help="of the divergences in CDC; 0: not computed")
-    add("--pseudo-weight", **number, default=1.0, help="of the pseudo-labels' loss; 0: not computed")
+    add("--pseudo-weight", **number, default=0.25, help="of the pseudo-labels' loss; 0: not computed")
     add("--pseudo-threshold", **number, default=0.6, help="softmax that makes a pseudo-label")
     add("--warmup", **number, default=0.75, help="share of --steps before the targets join (ours)")
-    add("--no-projection", action="store_true", help="embeddings are average-pooled features")
+    add("--no-projection", **flag, help="embeddings are average-pooled features")
     add("--embedding-dim", **whole, default=128, help="channels of the embeddings")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", **whole, default=50000, help="length of the run; --lr and --warmup go by it")
-    add("--batch-size", **whole, default=2, help="images per domain")
+    add("--batch-size", **whole, default=2, help="images per domain (and process)")
     add("--optimizer", choices=tuple(LR), default="adamw", help="sgd: momentum 0.9")
     add("--lr", **number, help="learning rate; if not given 5e-4, with sgd 2.5e-4")
     add("--weight-decay", **number, default=5e-4, help="of every parameter")
     add("--power", **number, default=0.9, help="of the polynomial decay of the learning rate; 0: constant")
     add("--amp", choices=("off", "bf16"), default="off", help="autocast of the networks")
-    add("--low-memory", action="store_true", help="compute activations again instead of keeping them")
-    add("--compile", action="store_true", help="torch.compile the networks")
+    add("--low-memory", **flag, help="compute activations again instead of keeping them")
+    add("--compile", **flag, help="torch.compile the networks")
     add("--seed", **whole, default=0, help="of weights, samples, crops, dropout")
 
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="DIR", default="runs/ccdistill", help="where everything is written")
-    add(
-        "--resume",
-        nargs="?",
-        const=True,
-        metavar="FILE",
-        help="go on from a last.pt; without FILE that of --out",
-    )
+    how = "go on from a last.pt; without FILE that of --out"
+    add("--resume", nargs="?", const=True, metavar="FILE", help=how)
     add("--device", default=evaluate.best_device(), help="cuda, mps or cpu; the default is the best there is")
     add("--eval-every", **whole, default=500, help="steps between validations")
     add("--save-every", **whole, default=500, help="steps between checkpoints")
     add("--log-every", **whole, default=20, help="steps between progress lines")
-    add(
-        "--benchmark", **whole, nargs="?", const=20, metavar="N", help="time N steps (20); alone: of the demo"
-    )
+    how = "time N steps (20); without data, of the demo"
+    add("--benchmark", **whole, nargs="?", const=20, metavar="N", help=how)
     add("--json", metavar="FILE", help="write the benchmark's numbers")
 
     args = parser.parse_args(argv)
@@ -227,8 +164,6 @@ def contradiction(args):
         return f"--crop must be at least 32 x 32, got {args.crop[0]} {args.crop[1]}"
     if not 0 < args.scale[0] <= args.scale[1] < math.inf:
         return f"--scale wants 0 < MIN <= MAX, got {args.scale[0]} {args.scale[1]}"
-    if not 0 <= args.jitter < 1:
-        return f"--jitter wants 0 to below 1, got {args.jitter}"
     for name in ("pseudo_threshold", "warmup"):
         if not 0 <= getattr(args, name) <= 1:
             return f"--{name.replace('_', '-')} wants 0 to 1, got {getattr(args, name)}"
@@ -286,7 +221,7 @@ def load_data(args):
                 f"{image}: {width} x {height} (width x height) is smaller than {crop}; give a smaller one"
             )
     stream = datasets.FourDomains(
-        source, days, nights, args.crop, args.pairs != "none", synthetic, args.scale, args.jitter, args.seed,
+        source, days, nights, args.crop, args.pairs != "none", synthetic, args.scale, args.seed,
         length=args.steps * args.batch_size * args.processes,
         cache=datasets.Cache(args.cache, args.scale[1]) if args.cache else None,
     )  # fmt: skip
@@ -535,12 +470,12 @@ def train(args):
                 warm = step <= args.warmup * args.steps
                 method.stage = "day" if args.day_only else "source" if warm else "target"
                 broken = [line for lines in batch.pop("broken") for line in lines.splitlines()]
+                left_out, leave = summed([len(broken), bool(stop)], args.device)
+                skipped = skip(broken, skipped, left_out, args)
                 with autocast(args):
                     terms = parallel(batch)
-                numbers = torch.stack(list(terms.values())).tolist()
-                *numbers, left_out, leave = summed([*numbers, len(broken), bool(stop)], args.device)
+                numbers = summed(torch.stack(list(terms.values())).tolist(), args.device)
                 values = {name: number / processes for name, number in zip(terms, numbers, strict=True)}
-                skipped = skip(broken, skipped, left_out, args)
                 check_finite(values, step, batch, method, out)
                 optimizer.zero_grad()
                 terms["total"].backward()
