@@ -391,35 +391,22 @@ def parse_args(argv):
     summary, examples = __doc__.split("\n\n", 1)
     parser = argparse.ArgumentParser(description=summary, epilog=examples, formatter_class=Help)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
-    add = parser.add_argument
-    add(
-        "--checkpoint",
-        metavar="FILE",
-        required=True,
-        help="last.pt or best.pt of train.py, or a public state dict",
-    )
+    add, flag = parser.add_argument, {"action": "store_true"}
+    what = "last.pt or best.pt of train.py, or a public state dict"
+    add("--checkpoint", metavar="FILE", required=True, help=what)
     data = parser.add_mutually_exclusive_group()
     for layout in datasets.LAYOUTS:
         data.add_argument(f"--{layout}", metavar="DIR", help="predict and score its --split")
     data.add_argument("--images", nargs="+", metavar="PATH", help="predict pictures and folders of pictures")
     add("--split", help="of the data set: val if not given, with --nighttime-driving or --submit test")
-    add(
-        "--labels",
-        choices=tuple(datasets.TABLES),
-        default="labelTrainIds",
-        help="read where both kinds are there",
-    )
+    kinds, formats = tuple(datasets.TABLES), tuple(models.INPUT_FORMATS)
+    add("--labels", choices=kinds, default="labelTrainIds", help="read where both kinds are there")
     add("--model", choices=("night", "day"), default="night", help="M_n or M_d")
-    add(
-        "--input-format",
-        choices=tuple(models.INPUT_FORMATS),
-        default="imagenet",
-        help="of a public state dict",
-    )
-    add("--flip", action="store_true", help="average with the mirrored image")
+    add("--input-format", choices=formats, default="imagenet", help="of a public state dict")
+    add("--flip", **flag, help="average with the mirrored image")
     add("--scales", type=float, nargs="+", default=[1.0], help="average over resized images")
     add("--window", type=int, nargs=2, metavar=("H", "W"), help="predict in overlapping windows")
-    add("--uiou", action="store_true", help="UIoU and AUIoU too, where there are gt_invIds")
+    add("--uiou", **flag, help="UIoU and AUIoU too, where there are gt_invIds")
     add("--json", metavar="FILE", help="write scores, confusion matrix and descriptions")
     add("--out", metavar="DIR", help="write labelTrainIds/, labelIds/, color/ and overlay/, NAME.png each")
     add("--submit", metavar="FILE", help="write the zip for the test server of Dark Zurich or Cityscapes")

@@ -604,13 +604,18 @@ def benchmark(args):
         if not args.cityscapes:
             datasets.make_demo_city(folder, train=8 * args.batch_size, val=0)
             args.cityscapes, args.darkzurich = f"{folder}/cityscapes", f"{folder}/darkzurich"
-        args.steps = 2 * (args.benchmark + 2)
+        args.steps = 2 * (args.benchmark + 2) + 1
         stream, _ = load_data(args)
         method, optimizer = build(args)
         method.train()
-        result = step_times(method, optimizer, batches(stream, 0, args), args)
-        result |= sample_times(stream, min(args.benchmark, 10))
-    result |= {"args": vars(args), "torch": torch.__version__}
+        print(f"timing {args.benchmark} steps", flush=True)
+        feed = batches(stream, 0, args)
+        batch = next(feed)
+        result = step_times(method, optimizer, feed, args) | sample_times(stream, min(args.benchmark, 10))
+        result |= operations(method, optimizer, batch, args)
+        result["teraflops"] = 1000 * result["teraflop_step"] / result["method_ms"]
+        result["share_of_matmul"] = result["teraflops"] / result["matmul_teraflops"]
+        result |= {"growth": growth(method, optimizer, args), "args": vars(args), "torch": torch.__version__}
     for name, value in result.items():
         if isinstance(value, float):
             print(f"{name:24} {value:10.2f}   {result['spread'].get(name, '')}")
@@ -629,78 +634,76 @@ def clock(device):
     return time.perf_counter() * 1000
 
 
+def timed_step(method, optimizer, batch, args):
+    """One step on a batch that is there, as a dict of milliseconds."""
+    began = clock(args.device)
+    with autocast(args):
+        loss = method(batch)["total"]
+    optimizer.zero_grad()
+    loss.backward()
+    middle = clock(args.device)
+    optimizer.step()
+    return {"forward_backward_ms": middle - began, "optimizer_ms": clock(args.device) - middle}
+
+
 def step_times(method, optimizer, feed, args):
-    """Milliseconds, memory and operations of steps, as a dict; see README, Speed."""
-    times, cuda = collections.defaultdict(list), args.device.startswith("cuda")
-
-    def plain(batch):
-        method.stage = "day"
-        images = [batch[name] for name in ("source_day", *DOMAINS)]
-        return method(
-            {"source_day": torch.cat(images), "source_label": batch["source_label"].repeat(4, 1, 1)}
-        )
-
-    def full(batch):
-        method.stage = "target"
-        return method(batch)
-
-    def step(run, batch):
-        began = clock(args.device)
-        with autocast(args):
-            loss = run(batch)["total"]
-        optimizer.zero_grad()
-        loss.backward()
-        middle = clock(args.device)
-        optimizer.step()
-        return {"forward_backward_ms": middle - began, "optimizer_ms": clock(args.device) - middle}
-
+    """Milliseconds and memory of plain steps and steps of the method in turn, as a dict; see README, Speed."""
+    times, cuda, memory = collections.defaultdict(list), args.device.startswith("cuda"), 0.0
     for n in range(-2, args.benchmark):  # two rounds to warm up
         began = clock(args.device)
         batch = next(feed)
-        waited = clock(args.device) - began
+        waited = {"data_ms": clock(args.device) - began}
         next(feed)  # for a wait as long as in training; both steps see the same images
-        took = {"plain": step(plain, batch)}
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        took["method"] = step(full, batch)
+        images = torch.cat([batch[name] for name in ("source_day", *DOMAINS)])
+        plain = {"source_day": images, "source_label": batch["source_label"].repeat(4, 1, 1)}
+        turns, took = [("day", plain), ("target", batch)], {}
+        for method.stage, given in turns if n % 2 else turns[::-1]:  # the first has the loader beside it
+            if cuda and method.stage == "target":
+                torch.cuda.reset_peak_memory_stats()
+            took[method.stage] = timed_step(method, optimizer, given, args)
+            memory = (
+                torch.cuda.max_memory_allocated() / 2**20 if cuda and method.stage == "target" else memory
+            )
+        plain, full, method.stage = took["day"], took["target"], "target"
         if n >= 0:
-            for name, parts in took.items():
-                times[f"{name}_ms"].append(sum(parts.values()))
-            for name, value in ({"data_ms": waited} | took["method"] | terms(method, batch, args)).items():
+            totals = {"plain_ms": sum(plain.values()), "method_ms": sum(full.values())}
+            totals["ratio"] = totals["method_ms"] / totals["plain_ms"]
+            for name, value in (totals | waited | full | terms(method, batch, args)).items():
                 times[name].append(value)
-    memory = {"process_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-    if cuda:
-        memory["device_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
     result = {name: statistics.median(values) for name, values in times.items()}
     result["ratio"] = result["method_ms"] / result["plain_ms"]
-    images = 4 * args.batch_size
-    result["images_per_second"] = 1000 * images / (result["method_ms"] + result["data_ms"])
+    result["images_per_second"] = 4000 * args.batch_size / (result["method_ms"] + result["data_ms"])
+    result["process_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if cuda:
+        result["device_memory_mb"] = memory
+    result["peak_memory_mb"] = result.get("device_memory_mb", result["process_memory_mb"])
     result["spread"] = {name: f"{min(values):.2f} to {max(values):.2f}" for name, values in times.items()}
-    ratios = [a / b for a, b in zip(times["method_ms"], times["plain_ms"], strict=True)]
-    result["spread"]["ratio"] = f"{min(ratios):.2f} to {max(ratios):.2f}"
-    result |= memory | {"peak_memory_mb": memory.get("device_memory_mb", memory["process_memory_mb"])}
+    return result
 
+
+def operations(method, optimizer, batch, args):
+    """Floating-point operations of a step, and what a large matrix product reaches, in 10^12 (a second)."""
     with FlopCounterMode(display=False) as counter:
-        step(full, batch)
-    size, dtype = (8192 if cuda else 1024), torch.bfloat16 if args.amp == "bf16" else torch.float32
-    square, products = torch.rand(size, size, device=args.device).to(dtype), []
+        timed_step(method, optimizer, batch, args)
+    size, dtype = (8192, 1024)[args.device == "cpu"], (torch.float32, torch.bfloat16)[args.amp == "bf16"]
+    square, took = torch.rand(size, size, device=args.device).to(dtype), []
     for _ in range(6):
         began = clock(args.device)
         square @ square
-        products.append(clock(args.device) - began)
-    achieved = counter.get_total_flops() / result["method_ms"] / 1e9
-    result |= {"teraflops": achieved, "matmul_teraflops": 2 * size**3 / min(products) / 1e9}
-    result["share_of_matmul"] = achieved / result["matmul_teraflops"]
+        took.append(clock(args.device) - began)
+    return {"teraflop_step": counter.get_total_flops() / 1e12, "matmul_teraflops": 2e-9 * size**3 / min(took)}
 
-    result["growth"] = []
-    for size in (args.batch_size, 2 * args.batch_size):
-        for side in (2, 1):
-            crop = [max(32, length // side) for length in args.crop]
+
+def growth(method, optimizer, args):
+    """[{batch_size, crop, ms}] of steps with half the images, with half the sides, and as asked."""
+    rows = []
+    for size in sorted({max(1, args.batch_size // 2), args.batch_size}):
+        for crop in sorted({tuple(max(32, length // 2) for length in args.crop), args.crop}):
             fake = {name: torch.rand(size, 3, *crop, device=args.device) for name in DOMAINS}
             fake["source_label"] = torch.randint(19, (size, *crop), device=args.device)
-            took = statistics.median(sum(step(full, fake).values()) for _ in range(4))
-            result["growth"].append({"batch_size": size, "crop": crop, "ms": took})
-    return result
+            took = [sum(timed_step(method, optimizer, fake, args).values()) for _ in range(4)]
+            rows.append({"batch_size": size, "crop": crop, "ms": statistics.median(took[1:])})
+    return rows
 
 
 def terms(method, batch, args):
