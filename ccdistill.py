@@ -105,13 +105,14 @@ def night_model(day, night_weights):
 
 class CCDistill(nn.Module):
     """The whole training objective. `day` is M_d, `night` is M_n (see `night_model`), `projection` is Proj.
+    In training call `networks`, not `day` or `night`: a batch is taken apart as the last call said.
 
     model: a DeepLab. The weights scale the terms of
         total = seg(S_d) + seg(S_n) + pseudo_weight * pseudo + content_weight * CDC + style_weight * CDS
     and a term whose weight is 0 is not computed. projection=False: e is the globally average-pooled F.
     batch_norm: in training, batch statistics are those of S and T together ("joint", the figure's: two days,
-    or two nights, are one batch), or of each domain alone, the source's being kept for use ("domain", ours). target_paired: T_d and T_n of a
-    sample show the same place.
+    or two nights, are one batch), or of each domain alone, the source's being kept for use ("domain", ours).
+    target_paired: T_d and T_n of a sample show the same place.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class CCDistill(nn.Module):
         embedding_dim=128,
         content_weight=1.0,
         style_weight=1.0,
-        js_weight=1.0,
+        js_weight=0.1,
         pseudo_weight=0.25,
         pseudo_threshold=0.6,
         target_paired=True,
@@ -150,8 +151,8 @@ class CCDistill(nn.Module):
         return features.mean((2, 3)) if self.projection is None else self.projection(features)
 
     def networks(self, days, nights):
-        """[(F, P)] of M_d on each batch of days and of M_n on each of nights, in one pass where they share their
-        convolutions."""
+        """[(F, P)] of M_d on each batch of days and of M_n on each of nights, in one pass where they share
+        their convolutions."""
         runs = [(self.day, days), (self.night, nights)] if nights else [(self.day, days)]
         found = []
         for run in [[run] for run in runs] if self.night_weights == "separate" else [runs]:

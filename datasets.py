@@ -13,6 +13,7 @@ import hashlib
 import os
 import random
 import struct
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -367,16 +368,18 @@ class Cache:
         return memory[self.HEADER.size :].view(height, width, depth).permute(2, 0, 1)
 
     def write(self, entry, image):
-        aside = entry.with_name(f"{entry.name}.{os.getpid()}.tmp")
+        aside = None
         try:
-            with open(aside, "wb") as file:
+            descriptor, aside = tempfile.mkstemp(".tmp", dir=self.folder)
+            with open(descriptor, "wb") as file:
                 file.write(self.HEADER.pack(image.height, image.width, len(image.getbands())))
                 file.write(image.tobytes())
                 file.flush()
                 os.fsync(file.fileno())
-            aside.replace(entry)
+            os.replace(aside, entry)
         except OSError as error:
-            aside.unlink(missing_ok=True)
+            if aside:
+                Path(aside).unlink(missing_ok=True)
             if not self.off:
                 self.off[0] = True
                 print(
@@ -391,14 +394,14 @@ class FourDomains(torch.utils.data.Dataset):
 
     Everything random about item k comes from (seed, k) alone, k counting samples from the first step on:
     loader workers and resumed runs see the same items. source: [Sample]; days, nights: paths, paired if
-    `paired`. scale: range of the resizing before the crop. cache: a Cache, whose factor counts as part of `scale`.
+    `paired`. scale: range of the resizing before the crop. cache: a Cache; its factor
+    counts as part of `scale`.
     """
 
     def __init__(self, source, days, nights, crop, paired=True, synthetic=None, scale=(0.5, 1.0), seed=0,
                   length=1, cache=None):  # fmt: skip
         self.source, self.days, self.nights, self.synthetic = source, days, nights, synthetic
-        self.crop, self.paired = crop, paired
-        self.scale = [limit / (cache.factor if cache else 1) for limit in scale]
+        self.crop, self.paired, self.scale = crop, paired, scale
         self.seed, self.length, self.cache = seed, length, cache
 
     def __len__(self):
@@ -423,9 +426,10 @@ class FourDomains(torch.utils.data.Dataset):
         def opened(path, decode=open_image):
             return self.cache.open(path, decode) if self.cache else decode(path)
 
+        scale = [limit / (self.cache.factor if self.cache else 1) for limit in self.scale]
         n = pick("source", self.source)
         image, label = opened(self.source[n].image), opened(self.source[n].label, open_label)
-        cut = random_crop(TF.get_size(image), self.crop, self.scale, rng)
+        cut = random_crop(TF.get_size(image), self.crop, scale, rng)
         item = {
             "source_day": cut(image),
             "source_label": cut(label, TF.InterpolationMode.NEAREST_EXACT)[0],
@@ -436,10 +440,10 @@ class FourDomains(torch.utils.data.Dataset):
             n = pick("night", self.nights)
             night = opened(self.nights[n])
             day = opened(self.days[n if self.paired else pick("day", self.days)])
-            cut = random_crop(TF.get_size(night), self.crop, self.scale, rng)
+            cut = random_crop(TF.get_size(night), self.crop, scale, rng)
             item["target_night"] = cut(night)
             if not self.paired:
-                cut = random_crop(TF.get_size(day), self.crop, self.scale, rng)
+                cut = random_crop(TF.get_size(day), self.crop, scale, rng)
             item["target_day"] = cut(day)
         return item
 
@@ -451,8 +455,8 @@ def _order(length, key):
 
 def random_crop(size, crop, scale, rng):
     """Draw one random scale, crop and flip for images of `size` (height, width); returns the function that
-    applies them to a Pillow image or a (C, H, W) uint8 tensor and gives such a tensor, so that whatever belongs
-    together is cut alike."""
+    applies them to a Pillow image or a (C, H, W) uint8 tensor and gives such a tensor, so that whatever
+    belongs together is cut alike."""
     (height, width), (crop_height, crop_width) = size, crop
     least = max(crop_height / height, crop_width / width)  # smaller, and the crop would not be filled
     factor = rng.uniform(max(scale[0], least), max(scale[1], least))

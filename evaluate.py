@@ -17,6 +17,7 @@ import copy
 import io
 import json
 import math
+import os
 import signal
 import sys
 import zipfile
@@ -62,9 +63,17 @@ def ranks():
 
 
 def quiet_worker(_):
-    """Loader workers leave Ctrl-C and SIGTERM to the parent."""
+    """Loader workers leave Ctrl-C and SIGTERM to the parent, also what its group gets (torchrun, timeout)."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def expected(error):
+    """Is this told in one line, without a traceback?"""
+    known = isinstance(error, ValueError | OSError | torch.OutOfMemoryError)
+    return known or type(error).__name__.startswith("Dist") or "DataLoader worker" in str(error)
 
 
 def to_float(images, device):
@@ -152,7 +161,8 @@ def _in_windows(model, images, window):
 @torch.no_grad()
 def predictions(model, found, device, workers=0, **views):
     """Yield (item of datasets.Images, prediction (H, W) int64, confidence (H, W)), the last two on the
-    device, one image at a time; `views`: scales, flip and window of `probabilities`, none for the plain one."""
+    device, one image at a time; `views`: scales, flip and window of `probabilities`; without, one plain
+    view."""
     training = model.training
     model.eval()
     loader = torch.utils.data.DataLoader(
@@ -234,22 +244,30 @@ def evaluate(model, found, device, workers=0, each=None, uiou=False, **views):
     classes, (rank, processes) = len(datasets.NAMES), ranks()
     bins = (2, len(THRESHOLDS) + 1) if uiou else ()
     counts = torch.zeros(*bins, classes, classes, dtype=torch.int64, device=device)
-    with concurrent.futures.ThreadPoolExecutor(1) as background:
-        last = None
-        for item, prediction, confidence in predictions(
-            model, found[rank::processes], device, workers, **views
-        ):
-            if "label" in item:
-                extra = (confidence, item["invalid"]) if uiou else ()
-                counts += count(item["label"], prediction, classes, *extra)
+    shared, failed = predictions(model, found[rank::processes], device, workers, **views), None
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1) as background:
+            last = None
+            for item, prediction, confidence in shared:
+                if "label" in item:
+                    extra = (confidence, item["invalid"]) if uiou else ()
+                    counts += count(item["label"], prediction, classes, *extra)
+                if last:
+                    last.result()  # raises what went wrong there; one image ahead at most
+                if each:
+                    last = background.submit(each, item, prediction, confidence)
             if last:
-                last.result()  # raises what went wrong there; one image ahead at most
-            if each:
-                last = background.submit(each, item, prediction, confidence)
-        if last:
-            last.result()
+                last.result()
+    except datasets.DataError as error:
+        failed = error
     if processes > 1:
         distributed.all_reduce(counts)
+        lost = torch.tensor([float(failed is not None)], device=device)
+        distributed.all_reduce(lost)
+        if lost and not failed:
+            failed = datasets.DataError("another process could not read its data")
+    if failed:
+        raise failed
     if not found[0].label:
         return {}
     return scores(counts.sum((0, 1))) | uncertainty_scores(counts) if uiou else scores(counts)
@@ -501,7 +519,9 @@ def main(argv=None):
         run(args)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        if not expected(error):
+            raise
         print(f"evaluate.py: error: {datasets.one_line(error)}", file=sys.stderr)
         return 2
     return 0

@@ -144,7 +144,7 @@ def _style_correlation(a, b):
     """Cor(G_a, G_b) of features (B, C, H, W), in the cheaper of two equal forms.
 
     2B Gram matrices take 4B C^2 HW operations and 2B C^2 values. As <G_i, G_j> = |F_i^T F_j|^2, products of
-    positions give the same from 8B^2 C (HW)^2 operations and 4B^2 (HW)^2 values: less of both where 2B HW < C.
+    positions give the same from 8B^2 C (HW)^2 operations and 4B^2 (HW)^2 values: less where 2B HW < C.
     """
     n, channels, positions = 2 * len(a), a.shape[1], a.shape[2] * a.shape[3]
     if a.shape == b.shape and n * positions < channels:

@@ -55,10 +55,14 @@ def batch_norms(module):
 
 
 def apart(networks, sizes, noted):
-    """From now on a training batch through networks[0] is taken in parts of `sizes` images by its batch norms,
-    part i as networks[i] would: several networks with the same convolutions then cost one pass. `noted`: whose
-    statistics count in the running ones, which a network is used with."""
+    """From now on a training batch through networks[0] is taken in parts of `sizes` images by its batch
+    norms, part i as networks[i] would: several networks with the same convolutions then cost one pass.
+
+    noted[i]: whether the statistics of part i enter the running ones."""
+    sizes, noted = tuple(sizes), tuple(noted)
     for norms in zip(*map(batch_norms, networks), strict=True):
+        if getattr(norms[0].forward, "args", None) == (norms, sizes, noted):
+            continue  # a new function would be compiled anew
         norms[0].twins = norms
         norms[0].forward = functools.partial(_in_parts, norms, sizes, noted)
 
@@ -69,8 +73,10 @@ def _in_parts(norms, sizes, noted, x):
     outputs = []
     for norm, part, note in zip(norms, x.split(sizes), noted, strict=True):
         norm.track_running_stats = note  # False: batch statistics are used but not noted
-        outputs.append(type(norm).forward(norm, part))
-        norm.track_running_stats = True
+        try:
+            outputs.append(type(norm).forward(norm, part))
+        finally:
+            norm.track_running_stats = True
     return torch.cat(outputs)
 
 

@@ -984,6 +984,10 @@ def test_a_loss_that_is_not_finite_stops_and_is_named(city, tmp_path, capsys, mo
         (["--demo"], "--demo draws its own data"),
         (["--backbone", "vgg"], "invalid choice"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--low-memory", "--compile"], "leave one out"),
+        (["--json", "x.json"], "for --benchmark"),
+        (["--benchmark", "0"], "--benchmark must be positive"),
+        (["--benchmark", "--day-only"], "leave --day-only out"),
     ],
 )
 def test_nonsense_is_refused_in_one_line(city, tmp_path, capsys, more, message):
@@ -1937,20 +1941,22 @@ def test_a_cache_entry_belongs_to_its_file_and_is_whole_or_nothing(tree, tmp_pat
     cache = datasets.Cache(folder)
 
     def opened(cache=cache):
-        return cache.open(path, datasets.open_image).convert("RGB").tobytes()
+        return TF.to_image(cache.open(path, datasets.open_image)).tolist()
 
     pixels = opened()
     (entry,) = folder.iterdir()
     whole = entry.read_bytes()
-    assert opened() == pixels == datasets.open_image(path).tobytes()
+    assert opened() == pixels == TF.to_image(datasets.open_image(path)).tolist()
     for part in (b"", whole[:7], whole[:-1], whole + b"x", b"x" * 400):
         entry.write_bytes(part)
         assert opened() == pixels and entry.read_bytes() == whole  # decoded and written again
     datasets.Cache(folder, 0.5).open(path, datasets.open_image)
     half = datasets.Cache(folder, 0.5).open(path, datasets.open_image)
-    assert len(list(folder.iterdir())) == 2 and half.size == tuple(s // 2 for s in Image.open(path).size)
+    assert len(list(folder.iterdir())) == 2 and half.shape[:0:-1] == tuple(
+        s // 2 for s in Image.open(path).size
+    )
     Image.open(path).transpose(Image.FLIP_TOP_BOTTOM).save(path)
-    assert opened() == datasets.open_image(path).tobytes() != pixels
+    assert opened() == TF.to_image(datasets.open_image(path)).tolist() != pixels
     path.unlink()
     with pytest.raises(datasets.DataError, match="no such file"):
         opened()
@@ -1959,10 +1965,10 @@ def test_a_cache_entry_belongs_to_its_file_and_is_whole_or_nothing(tree, tmp_pat
 def test_many_processes_fill_one_cache(tree, tmp_path):
     script = (
         "import sys, datasets, pathlib\n"
-        "cache = datasets.Cache(sys.argv[1])\n"
+        "cache, convert = datasets.Cache(sys.argv[1]), datasets.TF.to_image\n"
         "for path in sorted(pathlib.Path(sys.argv[2]).rglob('*_leftImg8bit.png')):\n"
-        "    image = cache.open(path, datasets.open_image).convert('RGB')\n"
-        "    assert image.tobytes() == datasets.open_image(path).tobytes()\n"
+        "    image = cache.open(path, datasets.open_image)\n"
+        "    assert (convert(image) == convert(datasets.open_image(path))).all()\n"
     )
     command = [sys.executable, "-c", script, tmp_path / "cache", tree / "cityscapes"]
     runs = [subprocess.Popen(command, env=ONE_THREAD, cwd=HERE) for _ in range(3)]
@@ -2045,6 +2051,7 @@ def test_compiled_networks_compute_the_same(city, tmp_path, monkeypatch):
     for name, more in (("plain", []), ("compiled", ["--compile"])):
         assert train.main(arguments(city, tmp_path / name, "--steps", 2, *more)) == 0
     assert len(compiled) == 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8  # of two batch sizes, and to evaluate
     for a, b in zip(log_of(tmp_path / "plain"), log_of(tmp_path / "compiled"), strict=True):
         assert float(a["total"]) == pytest.approx(float(b["total"]), rel=1e-3)
     assert (
@@ -2116,16 +2123,38 @@ def test_two_processes_are_one_training(small_city, tmp_path):
     assert float(log_of(out)[-1]["miou"]) == pytest.approx(scores["miou"], abs=1e-9)
 
     # Resumed to the bit; with another number of processes it is another run.
-    cut = tmp_path / "cut"
-    assert together(2, *arguments(small_city, cut, *more, "--steps", 1)).returncode == 0
-    refused = together(1, *arguments(small_city, out, *more, "--steps", 3, "--resume"))
+    more = [*more, "--power", 0, "--warmup", 0]
+    for name, *steps in (("cut", 1, 2), ("whole", 2)):
+        for n, length in enumerate(steps):
+            resume = ["--resume"] if n else []
+            run = together(2, *arguments(small_city, tmp_path / name, *more, "--steps", length, *resume))
+            assert run.returncode == 0, run.stderr
+    cut, whole = (state_of(tmp_path / name / "last.pt") for name in ("cut", "whole"))
+    assert_same(*({key: s[key] for key in ("model", "optimizer", "step", "best")} for s in (cut, whole)))
+    refused = together(1, *arguments(small_city, tmp_path / "cut", *more, "--steps", 3, "--resume"))
     assert "--processes 2 there, 1 here" in refused.stderr
-    again = together(2, *arguments(small_city, out, *more, "--steps", 2, "--resume"))
-    assert again.returncode == 0 and "at step 2 of 2 already" in again.stdout
 
 
 def test_two_processes_tell_of_broken_files(tree, tmp_path):
-    for path in (tree / "cityscapes/leftImg8bit/train").rglob("*.png"):
-        damage(path, "truncate")
-    run = together(2, *arguments(tree, tmp_path / "run", "--steps", 2))
-    assert run.returncode != 0 and "not a readable image" in run.stderr
+    more = ["--crop", 32, 64, "--eval-every", 2, "--save-every", 9, "--steps", 2]
+    path = sorted((tree / "darkzurich/rgb_anon/val").rglob("*.png"))[1]  # that of the second process
+    damage(path, "truncate")
+    run = together(2, *arguments(tree, tmp_path / "run", *more))
+    assert (
+        run.returncode != 0 and "Traceback" not in run.stderr.split("ChildFailedError")[0].split("torch/")[0]
+    )
+    assert f"{path}: not a readable image" in run.stderr and "another process could not" in run.stderr
+    assert state_of(tmp_path / "run/last.pt")["step"] == 2  # what was reached is kept
+
+
+def test_a_group_that_is_told_to_stop_saves(small_city, tmp_path):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "train.py"]
+    more = ["--crop", 32, 32, "--steps", 10000, "--log-every", 1, "--workers", 1]
+    command = [sys.executable, *map(str, launch), *arguments(small_city, tmp_path / "run", *more)]
+    run = subprocess.Popen(command, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in run.stdout:
+        if line.startswith("step 1/"):
+            run.terminate()
+            break
+    assert "--resume goes on" in run.communicate()[0] and run.returncode != 0
+    assert state_of(tmp_path / "run/last.pt")["step"] >= 1

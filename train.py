@@ -20,7 +20,6 @@ import json
 import math
 import os
 import random
-import resource
 import signal
 import statistics
 import sys
@@ -47,7 +46,7 @@ COLUMNS = ("step", "lr", *TERMS, "miou", "miou_present", "skipped")
 LR = {"adamw": 5e-4, "sgd": 2.5e-4}
 DEMO = {"out": "runs/demo", "steps": 250, "batch_size": 4, "crop": (96, 192)}
 DEMO |= {"eval_every": 250, "save_every": 50}
-# What a resumed run may change: nothing here touches what is computed; data may have moved.
+# What a resumed run may change: it is the same run still; data may have moved.
 FREE = {"steps", "out", "device", "workers", "resume", "eval_every", "save_every", "log_every", "demo"}
 FREE |= {"skip_broken", "cityscapes", "darkzurich", "acdc", "synthetic_night", "cache", "low_memory"}
 FREE |= {"compile", "benchmark", "json"}
@@ -136,7 +135,9 @@ def parse_args(argv):
         parser.set_defaults(**DEMO)
         args = parser.parse_args(argv)
     args.crop, args.scale = tuple(args.crop), tuple(args.scale)
-    args.processes = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
+    args.processes = int(os.environ.get("WORLD_SIZE") or 1)  # torchrun's
+    if args.processes > 1 and args.device == "cuda":
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     args.lr = LR[args.optimizer] if args.lr is None else args.lr
     if problem := contradiction(args):
         parser.error(problem)
@@ -175,7 +176,15 @@ def contradiction(args):
         return "--benchmark compares the method with plain training: leave --day-only out"
     if args.json and (not args.benchmark or not Path(args.json).absolute().parent.is_dir()):
         return f"--json {args.json}: for --benchmark, and in a folder that exists"
-    alone = args.demo or (args.benchmark and not (args.darkzurich or args.acdc))
+    if args.json and Path(args.json).is_dir():
+        return f"--json {args.json} is a folder"
+    if args.cache and Path(args.cache).is_file():
+        return f"--cache {args.cache} is a file"
+    if args.low_memory and args.compile:
+        return "--compile cannot follow --low-memory: leave one out"
+    if args.processes > 1 and args.device.startswith("mps"):
+        return "--device mps: for one process; --device cpu for several"
+    alone = args.demo or (args.benchmark and not (args.cityscapes or args.darkzurich or args.acdc))
     if not alone and not args.cityscapes:
         return "--cityscapes DIR is needed (or --demo)"
     if not alone and not args.day_only and not (args.darkzurich or args.acdc):
@@ -229,8 +238,8 @@ def load_data(args):
 
 
 def batches(stream, start, args):
-    """The stream from step `start` on, as dicts of device tensors: images float in [0, 1], labels int64. Of each
-    step's samples every process takes its share."""
+    """The stream from step `start` on, as dicts of device tensors: images float in [0, 1], labels int64. Of
+    each step's samples every process takes its share."""
     size, (rank, processes) = args.batch_size, evaluate.ranks()
     firsts = range((start * processes + rank) * size, len(stream), processes * size)
     loader = torch.utils.data.DataLoader(
@@ -256,7 +265,7 @@ def batches(stream, start, args):
 
 
 def save(state, path):
-    """Write a checkpoint so that `path` always holds a whole one: aside, flushed, renamed. One process does."""
+    """Write a checkpoint so that `path` always holds a whole one: aside, flushed, renamed. By one process."""
     if evaluate.ranks()[0]:
         return
     aside, buffer = Path(f"{path}.tmp"), io.BytesIO()
@@ -346,7 +355,7 @@ def inference_state(args, step, method):
 
 
 def full_state(args, step, method, optimizer, best, skipped):
-    """Everything that the rest of a run depends on: what is random in a step depends on seed and step alone."""
+    """All that the rest of a run depends on: what is random in a step depends on seed and step alone."""
     return inference_state(args, step, method) | {
         "model": method.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -368,7 +377,8 @@ def resumable(args):
     if Path(args.out, "last.pt").exists() and not path.samefile(Path(args.out, "last.pt")):
         raise ValueError(f"{args.out}: holds another run; choose another --out to go on from {path}")
     then, now = state["args"], json.loads(json.dumps(vars(args)))
-    differ = [name for name in now if name not in FREE and now[name] != then.get(name)]
+    bound = set(now) - FREE | ({"cache"} if args.scale[1] < 1 else set())  # then the cache resizes
+    differ = [name for name in now if name in bound and now[name] != then.get(name)]
     if differ:
         changes = (f"--{name.replace('_', '-')} {then.get(name)} there, {now[name]} here" for name in differ)
         raise ValueError(f"{path}: another run: {'; '.join(changes)}; give its arguments, or another --out")
@@ -455,13 +465,14 @@ def train(args):
         print(f"{out / 'last.pt'}: at step {start} of {args.steps} already", flush=True)
     method.train()
     parallel = method
-    if processes > 1:  # the projection head rests in the warm-up
-        parallel = nn.parallel.DistributedDataParallel(method, find_unused_parameters=args.warmup > 0)
+    if processes > 1:
+        rests = args.warmup > 0 and method.projection is not None  # in the warm-up, the projection head
+        parallel = nn.parallel.DistributedDataParallel(method, find_unused_parameters=rests)
     done, began = start, time.monotonic()
     with stop_signals() as stop, open_log(out / "log.csv", start) as log:
         writer = csv.DictWriter(log, COLUMNS)
         try:
-            for step, batch in enumerate(batches(stream, start, args), start + 1):
+            for step, batch in enumerate(held(batches(stream, start, args)), start + 1):
                 # Dropout. The rest of a step's randomness is its samples', see datasets.FourDomains.
                 torch.manual_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(63))
                 lr = args.lr * (1 - (step - 1) / args.steps) ** args.power
@@ -469,8 +480,13 @@ def train(args):
                     group["lr"] = lr
                 warm = step <= args.warmup * args.steps
                 method.stage = "day" if args.day_only else "source" if warm else "target"
-                broken = [line for lines in batch.pop("broken") for line in lines.splitlines()]
-                left_out, leave = summed([len(broken), bool(stop)], args.device)
+                failed = batch if isinstance(batch, datasets.DataError) else None
+                broken = (
+                    [] if failed else [line for lines in batch.pop("broken") for line in lines.splitlines()]
+                )
+                left_out, leave, lost = summed([len(broken), bool(stop), bool(failed)], args.device)
+                if lost:
+                    raise failed or datasets.DataError("another process could not read its data")
                 skipped = skip(broken, skipped, left_out, args)
                 with autocast(args):
                     terms = parallel(batch)
@@ -510,6 +526,14 @@ def train(args):
             raise
 
 
+def held(feed):
+    """The feed; a DataError becomes its last item, so that other processes can be told first."""
+    try:
+        yield from feed
+    except datasets.DataError as error:
+        yield error
+
+
 def autocast(args):
     return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp == "bf16")
 
@@ -524,12 +548,13 @@ def summed(numbers, device):
 
 
 def skip(broken, skipped, left_out, args):
-    """How many files are left out by now, this step's told (`broken`: by this process, left_out: by all); more
+    """How many files are left out by now, this step's told (broken: by this process, left_out: by all); more
     than --skip-broken raises DataError."""
     for number, line in enumerate(broken, skipped + 1):
         if number > args.skip_broken:
             raise datasets.DataError(f"{line}; --skip-broken {number} would leave it out")
-        print(f"left out ({number} of {args.skip_broken}): {line}", flush=True)
+        where = sys.stderr if evaluate.ranks()[0] else sys.stdout
+        print(f"left out ({number} of {args.skip_broken}): {line}", file=where, flush=True)
     if skipped + left_out > args.skip_broken and left_out > len(broken):
         raise datasets.DataError(f"another process left out more than --skip-broken {args.skip_broken}")
     return int(skipped + left_out)
@@ -585,10 +610,9 @@ def demo(args):
 
 
 def join(args):
-    """Take this process's place among those that torchrun started, and its device. The first one speaks."""
+    """Take this process's place among those that torchrun started. The first one speaks."""
     cuda = args.device.startswith("cuda")
     if cuda:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
     distributed.init_process_group("nccl" if cuda else "gloo")
     if evaluate.ranks()[0]:
@@ -629,8 +653,8 @@ def benchmark(args):
 
 
 def clock(device):
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+    if device != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter() * 1000
 
 
@@ -647,8 +671,12 @@ def timed_step(method, optimizer, batch, args):
 
 
 def step_times(method, optimizer, feed, args):
-    """Milliseconds and memory of plain steps and steps of the method in turn, as a dict; see README, Speed."""
-    times, cuda, memory = collections.defaultdict(list), args.device.startswith("cuda"), 0.0
+    """Milliseconds and memory of plain steps and steps of the method in turn, as a dict; README: Speed."""
+    import resource  # not on Windows, where the rest runs
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+
+    times, cuda, peak = collections.defaultdict(list), args.device.startswith("cuda"), {}
     for n in range(-2, args.benchmark):  # two rounds to warm up
         began = clock(args.device)
         batch = next(feed)
@@ -658,12 +686,11 @@ def step_times(method, optimizer, feed, args):
         plain = {"source_day": images, "source_label": batch["source_label"].repeat(4, 1, 1)}
         turns, took = [("day", plain), ("target", batch)], {}
         for method.stage, given in turns if n % 2 else turns[::-1]:  # the first has the loader beside it
-            if cuda and method.stage == "target":
-                torch.cuda.reset_peak_memory_stats()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats(args.device)
             took[method.stage] = timed_step(method, optimizer, given, args)
-            memory = (
-                torch.cuda.max_memory_allocated() / 2**20 if cuda and method.stage == "target" else memory
-            )
+            if cuda:
+                peak[method.stage] = torch.cuda.max_memory_allocated(args.device) / 2**20
         plain, full, method.stage = took["day"], took["target"], "target"
         if n >= 0:
             totals = {"plain_ms": sum(plain.values()), "method_ms": sum(full.values())}
@@ -673,9 +700,9 @@ def step_times(method, optimizer, feed, args):
     result = {name: statistics.median(values) for name, values in times.items()}
     result["ratio"] = result["method_ms"] / result["plain_ms"]
     result["images_per_second"] = 4000 * args.batch_size / (result["method_ms"] + result["data_ms"])
-    result["process_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    result["process_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     if cuda:
-        result["device_memory_mb"] = memory
+        result["device_memory_mb"] = peak["target"]
     result["peak_memory_mb"] = result.get("device_memory_mb", result["process_memory_mb"])
     result["spread"] = {name: f"{min(values):.2f} to {max(values):.2f}" for name, values in times.items()}
     return result
@@ -745,21 +772,18 @@ def sample_times(stream, count):
             size = [max(stream.crop[n], round(image.size[1 - n] * factor)) for n in (0, 1)]
             image = TF.to_dtype(TF.pil_to_tensor(TF.resize(image, size)), torch.float32, scale=True)
             TF.center_crop(TF.normalize(image, mean, std), stream.crop)
-        label = TF.resize(datasets.open_label(sample.label), size, TF.InterpolationMode.NEAREST)
+        label = datasets.open_label(sample.label)
+        size = [max(stream.crop[n], round(label.size[1 - n] * factor)) for n in (0, 1)]
+        label = TF.resize(label, size, TF.InterpolationMode.NEAREST)
         TF.center_crop(TF.pil_to_tensor(label), stream.crop)
 
     took = collections.defaultdict(list)
-    for k in range(count):
-        for name, get, kept in (
-            ("chain", usual, None),
-            ("decoded", stream.item, None),
-            ("filled", stream.item, cache),
-            ("cached", stream.item, cache),
-        ):
-            if kept or name in ("chain", "decoded"):
-                stream.cache, began = kept, clock("cpu")
-                get(k)
-                took[f"sample_{name}_ms"].append(clock("cpu") - began)
+    turns = [("chain", usual, None), ("decoded", stream.item, None), ("cached", stream.item, cache)]
+    for k in range(count):  # all in the cache by now: the steps have had them
+        for name, get, stream.cache in turns if cache else turns[:2]:
+            began = clock("cpu")
+            get(k)
+            took[f"sample_{name}_ms"].append(clock("cpu") - began)
     stream.cache = cache
     return {name: statistics.median(values) for name, values in took.items()}
 
@@ -770,7 +794,9 @@ def main(argv=None):
         if args.processes > 1:
             join(args)
         (demo if args.demo else benchmark if args.benchmark else train)(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        if not evaluate.expected(error):
+            raise
         where = f"{args.out}: " if isinstance(error, OSError) and error.errno and not error.filename else ""
         print(f"train.py: error: {where}{datasets.one_line(error)}", file=sys.stderr)
         return 2
