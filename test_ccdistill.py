@@ -2079,16 +2079,16 @@ def together(processes, *command, **options):
     )
 
 
-def test_two_processes_are_one_training(small_city, tmp_path):
+def test_two_processes_are_one_training(city, tmp_path):
     more = ["--crop", 32, 64, "--optimizer", "sgd", "--lr", 0.01, "--workers", 0, "--eval-every", 1]
     out = tmp_path / "two"
-    run = together(2, *arguments(small_city, out, *more, "--steps", 2))
+    run = together(2, *arguments(city, out, *more, "--steps", 2))
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("at night:") == 2  # the first process alone speaks
     last = state_of(out / "last.pt")
 
     # The same by hand: each process's samples through the same weights, gradients averaged.
-    args = train.parse_args(arguments(small_city, tmp_path / "hand", *more, "--steps", 2))
+    args = train.parse_args(arguments(city, tmp_path / "hand", *more, "--steps", 2))
     args.processes = 2
     torch.manual_seed(args.seed)
     stream, validation = train.load_data(args)
@@ -2127,11 +2127,11 @@ def test_two_processes_are_one_training(small_city, tmp_path):
     for name, *steps in (("cut", 1, 2), ("whole", 2)):
         for n, length in enumerate(steps):
             resume = ["--resume"] if n else []
-            run = together(2, *arguments(small_city, tmp_path / name, *more, "--steps", length, *resume))
+            run = together(2, *arguments(city, tmp_path / name, *more, "--steps", length, *resume))
             assert run.returncode == 0, run.stderr
     cut, whole = (state_of(tmp_path / name / "last.pt") for name in ("cut", "whole"))
     assert_same(*({key: s[key] for key in ("model", "optimizer", "step", "best")} for s in (cut, whole)))
-    refused = together(1, *arguments(small_city, tmp_path / "cut", *more, "--steps", 3, "--resume"))
+    refused = together(1, *arguments(city, tmp_path / "cut", *more, "--steps", 3, "--resume"))
     assert "--processes 2 there, 1 here" in refused.stderr
 
 
