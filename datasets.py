@@ -13,7 +13,7 @@ import hashlib
 import os
 import random
 import struct
-import tempfile
+import uuid
 import warnings
 from pathlib import Path
 
@@ -131,6 +131,19 @@ def _opened(path, use):
 
 def _reason(error):
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+
+
+def write_whole(path, aside, *parts):
+    """Write bytes so that `path` holds what it held or all of the new: into `aside`, flushed, renamed."""
+    try:
+        with open(aside, "wb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        Path(aside).unlink(missing_ok=True)
+        raise
 
 
 def _find(folder, pattern):
@@ -368,18 +381,10 @@ class Cache:
         return memory[self.HEADER.size :].view(height, width, depth).permute(2, 0, 1)
 
     def write(self, entry, image):
-        aside = None
+        header = self.HEADER.pack(image.height, image.width, len(image.getbands()))
         try:
-            descriptor, aside = tempfile.mkstemp(".tmp", dir=self.folder)
-            with open(descriptor, "wb") as file:
-                file.write(self.HEADER.pack(image.height, image.width, len(image.getbands())))
-                file.write(image.tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, entry)
+            write_whole(entry, f"{entry}.{uuid.uuid4().hex}.tmp", header, image.tobytes())
         except OSError as error:
-            if aside:
-                Path(aside).unlink(missing_ok=True)
             if not self.off:
                 self.off[0] = True
                 print(

@@ -62,6 +62,15 @@ def ranks():
     return 0, 1
 
 
+def summed(numbers, device):
+    """Numbers summed over all processes."""
+    if ranks()[1] == 1:
+        return numbers
+    total = torch.tensor(numbers, dtype=torch.float64, device=device)
+    distributed.all_reduce(total)
+    return total.tolist()
+
+
 def quiet_worker(_):
     """Loader workers leave Ctrl-C and SIGTERM to the parent, also what its group gets (torchrun, timeout)."""
     if hasattr(os, "setpgid"):
@@ -159,10 +168,9 @@ def _in_windows(model, images, window):
 
 
 @torch.no_grad()
-def predictions(model, found, device, workers=0, **views):
+def predictions(model, found, device, workers=0, scales=(1.0,), flip=False, window=None):
     """Yield (item of datasets.Images, prediction (H, W) int64, confidence (H, W)), the last two on the
-    device, one image at a time; `views`: scales, flip and window of `probabilities`; without, one plain
-    view."""
+    device, one image at a time; scales, flip and window as in `probabilities`."""
     training = model.training
     model.eval()
     loader = torch.utils.data.DataLoader(
@@ -174,8 +182,8 @@ def predictions(model, found, device, workers=0, **views):
     )
     for item in loader:
         images = to_float(item["image"][None], device)
-        if views or min(images.shape[2:]) < 32:
-            confidence, prediction = probabilities(model, images, **views)[0].max(0)
+        if tuple(scales) != (1.0,) or flip or window or min(images.shape[2:]) < 32:
+            confidence, prediction = probabilities(model, images, scales, flip, window)[0].max(0)
         else:  # the same in strips, which stay in the processor's cache
             strips = (strip.softmax(1).max(1) for strip in model(images)[1].split(32, 2))
             confidence, prediction = (torch.cat(parts, 1)[0] for parts in zip(*strips, strict=True))
@@ -262,12 +270,9 @@ def evaluate(model, found, device, workers=0, each=None, uiou=False, **views):
         failed = error
     if processes > 1:
         distributed.all_reduce(counts)
-        lost = torch.tensor([float(failed is not None)], device=device)
-        distributed.all_reduce(lost)
-        if lost and not failed:
-            failed = datasets.DataError("another process could not read its data")
-    if failed:
-        raise failed
+    (lost,) = summed([bool(failed)], device)
+    if lost:
+        raise failed or datasets.DataError("another process could not read its data")
     if not found[0].label:
         return {}
     return scores(counts.sum((0, 1))) | uncertainty_scores(counts) if uiou else scores(counts)
@@ -500,7 +505,6 @@ def run(args):
             submission.add(item, prediction, confidence)
 
     views = {"scales": args.scales, "flip": args.flip, "window": args.window}
-    views = {} if views == {"scales": [1.0], "flip": False, "window": None} else views
     result = evaluate(model, found, args.device, args.workers, write, args.uiou, **views)
     if result:
         print(table(result))

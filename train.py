@@ -174,10 +174,10 @@ def contradiction(args):
         return "--demo and --benchmark start anew, in one process: no torchrun, no --resume"
     if args.benchmark and args.day_only:
         return "--benchmark compares the method with plain training: leave --day-only out"
-    if args.json and (not args.benchmark or not Path(args.json).absolute().parent.is_dir()):
-        return f"--json {args.json}: for --benchmark, and in a folder that exists"
-    if args.json and Path(args.json).is_dir():
-        return f"--json {args.json} is a folder"
+    if args.json and not args.benchmark:
+        return f"--json {args.json}: for --benchmark"
+    if args.json and (not Path(args.json).absolute().parent.is_dir() or Path(args.json).is_dir()):
+        return f"--json {args.json}: not a file in a folder that exists"
     if args.cache and Path(args.cache).is_file():
         return f"--cache {args.cache} is a file"
     if args.low_memory and args.compile:
@@ -268,16 +268,11 @@ def save(state, path):
     """Write a checkpoint so that `path` always holds a whole one: aside, flushed, renamed. By one process."""
     if evaluate.ranks()[0]:
         return
-    aside, buffer = Path(f"{path}.tmp"), io.BytesIO()
+    buffer = io.BytesIO()
     torch.save(state, buffer)
     try:
-        with open(aside, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        datasets.write_whole(path, f"{path}.tmp", buffer.getbuffer())
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise OSError(f"{path}: not saved ({error.strerror}); what it held before is still whole") from None
 
 
@@ -484,13 +479,13 @@ def train(args):
                 broken = (
                     [] if failed else [line for lines in batch.pop("broken") for line in lines.splitlines()]
                 )
-                left_out, leave, lost = summed([len(broken), bool(stop), bool(failed)], args.device)
+                left_out, leave, lost = evaluate.summed([len(broken), bool(stop), bool(failed)], args.device)
                 if lost:
                     raise failed or datasets.DataError("another process could not read its data")
                 skipped = skip(broken, skipped, left_out, args)
                 with autocast(args):
                     terms = parallel(batch)
-                numbers = summed(torch.stack(list(terms.values())).tolist(), args.device)
+                numbers = evaluate.summed(torch.stack(list(terms.values())).tolist(), args.device)
                 values = {name: number / processes for name, number in zip(terms, numbers, strict=True)}
                 check_finite(values, step, batch, method, out)
                 optimizer.zero_grad()
@@ -536,15 +531,6 @@ def held(feed):
 
 def autocast(args):
     return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp == "bf16")
-
-
-def summed(numbers, device):
-    """Numbers summed over all processes."""
-    if evaluate.ranks()[1] == 1:
-        return numbers
-    total = torch.tensor(numbers, dtype=torch.float64, device=device)
-    distributed.all_reduce(total)
-    return total.tolist()
 
 
 def skip(broken, skipped, left_out, args):
@@ -675,7 +661,6 @@ def step_times(method, optimizer, feed, args):
     import resource  # not on Windows, where the rest runs
 
     unit = 2**20 if sys.platform == "darwin" else 2**10
-
     times, cuda, peak = collections.defaultdict(list), args.device.startswith("cuda"), {}
     for n in range(-2, args.benchmark):  # two rounds to warm up
         began = clock(args.device)
