@@ -43,8 +43,10 @@ def rand(*shape, dtype=torch.float64):
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def seeded_and_tidy(tmp_path):
     torch.manual_seed(0)
+    yield
+    shutil.rmtree(tmp_path, ignore_errors=True)  # checkpoints of all tests together are many gigabytes
 
 
 # ---- losses against loops written from the formulas --------------------------------------------------------
