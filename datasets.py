@@ -435,10 +435,7 @@ class FourDomains(torch.utils.data.Dataset):
         n = pick("source", self.source)
         image, label = opened(self.source[n].image), opened(self.source[n].label, open_label)
         cut = random_crop(TF.get_size(image), self.crop, scale, rng)
-        item = {
-            "source_day": cut(image),
-            "source_label": cut(label, TF.InterpolationMode.NEAREST_EXACT)[0],
-        }
+        item = {"source_day": cut(image), "source_label": cut(label, TF.InterpolationMode.NEAREST_EXACT)[0]}
         if self.synthetic:
             item["source_night"] = cut(opened(self.synthetic[n]))
         if self.nights:

@@ -696,11 +696,7 @@ def test_pairs_are_cut_alike_and_unpaired_targets_are_not(city, monkeypatch):
 
 
 def test_an_item_depends_on_the_seed_and_its_number_alone(city):
-    one, two, other = (
-        stream_of(city),
-        stream_of(city),
-        stream_of(city, seed=1),
-    )
+    one, two, other = (stream_of(city), stream_of(city), stream_of(city, seed=1))
     forward, backward = [one[k] for k in range(12)], [two[k] for k in reversed(range(12))][::-1]
     for a, b in zip(forward, backward, strict=True):
         assert_same(a, b)
@@ -850,15 +846,7 @@ def test_ablation_switches(city, tmp_path, term):
     assert (
         train.main(
             arguments(
-                city,
-                tmp_path / "run",
-                "--steps",
-                1,
-                "--pseudo-threshold",
-                0,
-                "--warmup",
-                0,
-                *SWITCHES[term],
+                city, tmp_path / "run", "--steps", 1, "--pseudo-threshold", 0, "--warmup", 0, *SWITCHES[term]
             )
         )
         == 0

@@ -468,13 +468,6 @@ def train(args):
         writer = csv.DictWriter(log, COLUMNS)
         try:
             for step, batch in enumerate(held(batches(stream, start, args)), start + 1):
-                # Dropout. The rest of a step's randomness is its samples', see datasets.FourDomains.
-                torch.manual_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(63))
-                lr = args.lr * (1 - (step - 1) / args.steps) ** args.power
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                warm = step <= args.warmup * args.steps
-                method.stage = "day" if args.day_only else "source" if warm else "target"
                 failed = batch if isinstance(batch, datasets.DataError) else None
                 broken = (
                     [] if failed else [line for lines in batch.pop("broken") for line in lines.splitlines()]
@@ -483,17 +476,8 @@ def train(args):
                 if lost:
                     raise failed or datasets.DataError("another process could not read its data")
                 skipped = skip(broken, skipped, left_out, args)
-                with autocast(args):
-                    terms = parallel(batch)
-                numbers = evaluate.summed(torch.stack(list(terms.values())).tolist(), args.device)
-                values = {name: number / processes for name, number in zip(terms, numbers, strict=True)}
-                check_finite(values, step, batch, method, out)
-                optimizer.zero_grad()
-                terms["total"].backward()
-                norm = nn.utils.clip_grad_norm_(method.parameters(), math.inf)  # measured, not clipped
-                check_finite({"the gradient": norm.item()}, step, batch, method, out)
-                optimizer.step()
-
+                values = learn(method, parallel, optimizer, batch, step, args)
+                lr = optimizer.param_groups[0]["lr"]
                 row = {"step": step, "lr": lr, "skipped": skipped} | values
                 if step % args.log_every == 0 or step == args.steps:
                     report(args, step, (step - start) / (time.monotonic() - began), values)
@@ -519,6 +503,29 @@ def train(args):
                 save(full_state(args, done, method, optimizer, best, skipped), out / "last.pt")
                 print(f"saved step {done} in {out / 'last.pt'}; --resume goes on from it", flush=True)
             raise
+
+
+def learn(method, parallel, optimizer, batch, step, args):
+    """One step on one batch; `parallel` is the method as torch's DistributedDataParallel wraps it, or itself.
+    Returns the terms as numbers, means over processes. Raises ValueError where something is not finite."""
+    rank, processes = evaluate.ranks()
+    # Dropout and styles. The rest of a step's randomness is its samples', see datasets.FourDomains.
+    torch.manual_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(63))
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * (1 - (step - 1) / args.steps) ** args.power
+    warm = step <= args.warmup * args.steps
+    method.stage = "day" if args.day_only else "source" if warm else "target"
+    with autocast(args):
+        terms = parallel(batch)
+    numbers = evaluate.summed(torch.stack(list(terms.values())).tolist(), args.device)
+    values = {name: number / processes for name, number in zip(terms, numbers, strict=True)}
+    check_finite(values, step, batch, method, Path(args.out))
+    optimizer.zero_grad()
+    terms["total"].backward()
+    norm = nn.utils.clip_grad_norm_(method.parameters(), math.inf)  # measured, not clipped
+    check_finite({"the gradient": norm.item()}, step, batch, method, Path(args.out))
+    optimizer.step()
+    return values
 
 
 def held(feed):
