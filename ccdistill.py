@@ -35,15 +35,9 @@ def night_style(day, night, method="random", strength=None):
     """
     if method not in NIGHT_STYLES:
         raise ValueError(f"night style must be one of {NIGHT_STYLES}, got {method!r}")
-    if (
-        day.ndim != 4
-        or night.ndim != 4
-        or day.shape[1] != 3
-        or night.shape[:2] not in {day.shape[:2], (1, 3)}
-    ):
-        raise ValueError(
-            f"expected (B, 3, H, W) twice, got day {tuple(day.shape)}, night {tuple(night.shape)}"
-        )
+    if {day.ndim, night.ndim} != {4} or day.shape[1] != 3 or night.shape[:2] not in {day.shape[:2], (1, 3)}:
+        shapes = f"day {tuple(day.shape)}, night {tuple(night.shape)}"
+        raise ValueError(f"expected (B, 3, H, W) twice, got {shapes}")
     strength = STRENGTH.get(method, 1.0) if strength is None else strength
     with torch.autocast(day.device.type, enabled=False):
         day, night = day.float(), night.float()
@@ -115,22 +109,9 @@ class CCDistill(nn.Module):
     target_paired: T_d and T_n of a sample show the same place.
     """
 
-    def __init__(
-        self,
-        model,
-        night_weights="norm",
-        batch_norm="domain",
-        night_style="random",
-        night_strength=None,
-        projection=True,
-        embedding_dim=128,
-        content_weight=1.0,
-        style_weight=1.0,
-        js_weight=0.1,
-        pseudo_weight=0.25,
-        pseudo_threshold=0.6,
-        target_paired=True,
-    ):
+    def __init__(self, model, night_weights="norm", batch_norm="domain", night_style="random",
+                 night_strength=None, projection=True, embedding_dim=128, content_weight=1.0, style_weight=1.0,
+                 js_weight=0.1, pseudo_weight=0.25, pseudo_threshold=0.6, target_paired=True):  # fmt: skip
         super().__init__()
         self.day = model
         self.night = night_model(model, night_weights)
@@ -184,21 +165,17 @@ class CCDistill(nn.Module):
         losses = dict.fromkeys(("pseudo", "content", "style"), label.new_zeros((), dtype=torch.float32))
         if self.stage == "source":
             (_, p_sd), (_, p_sn) = self.networks([source_day], [source_night])
-            losses["seg_day"], losses["seg_night"] = (segmentation_loss(p, label) for p in (p_sd, p_sn))
-            return losses | {"total": losses["seg_day"] + losses["seg_night"]}
-
-        (f_sd, p_sd), (f_td, p_td), (f_sn, p_sn), (f_tn, p_tn) = self.networks(
-            [source_day, target_day], [source_night, target_night]
-        )
-        losses["seg_day"] = segmentation_loss(p_sd, label)
-        losses["seg_night"] = segmentation_loss(p_sn, label)
-        if self.pseudo_weight:
-            losses["pseudo"] = self.pseudo(p_td, p_tn)
-        if self.content_weight:
-            embeddings = [self.embed(f) for f in (f_sd, f_sn, f_td, f_tn)]
-            losses["content"] = content_distill(*embeddings, self.js_weight, self.target_paired)
-        if self.style_weight:
-            losses["style"] = style_distill(f_sd, f_sn, f_td, f_tn)
+        else:
+            maps = self.networks([source_day, target_day], [source_night, target_night])
+            (f_sd, p_sd), (f_td, p_td), (f_sn, p_sn), (f_tn, p_tn) = maps
+            if self.pseudo_weight:
+                losses["pseudo"] = self.pseudo(p_td, p_tn)
+            if self.content_weight:
+                embeddings = [self.embed(f) for f in (f_sd, f_sn, f_td, f_tn)]
+                losses["content"] = content_distill(*embeddings, self.js_weight, self.target_paired)
+            if self.style_weight:
+                losses["style"] = style_distill(f_sd, f_sn, f_td, f_tn)
+        losses["seg_day"], losses["seg_night"] = (segmentation_loss(p, label) for p in (p_sd, p_sn))
         losses["total"] = (
             losses["seg_day"]
             + losses["seg_night"]

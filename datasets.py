@@ -25,26 +25,14 @@ IGNORE = 255
 
 # The official table: name, trainId = place in this list, labelId, colour.
 CLASSES = (
-    ("road", 7, (128, 64, 128)),
-    ("sidewalk", 8, (244, 35, 232)),
-    ("building", 11, (70, 70, 70)),
-    ("wall", 12, (102, 102, 156)),
-    ("fence", 13, (190, 153, 153)),
-    ("pole", 17, (153, 153, 153)),
-    ("traffic light", 19, (250, 170, 30)),
-    ("traffic sign", 20, (220, 220, 0)),
-    ("vegetation", 21, (107, 142, 35)),
-    ("terrain", 22, (152, 251, 152)),
-    ("sky", 23, (70, 130, 180)),
-    ("person", 24, (220, 20, 60)),
-    ("rider", 25, (255, 0, 0)),
-    ("car", 26, (0, 0, 142)),
-    ("truck", 27, (0, 0, 70)),
-    ("bus", 28, (0, 60, 100)),
-    ("train", 31, (0, 80, 100)),
-    ("motorcycle", 32, (0, 0, 230)),
-    ("bicycle", 33, (119, 11, 32)),
-)
+    ("road", 7, (128, 64, 128)), ("sidewalk", 8, (244, 35, 232)), ("building", 11, (70, 70, 70)),
+    ("wall", 12, (102, 102, 156)), ("fence", 13, (190, 153, 153)), ("pole", 17, (153, 153, 153)),
+    ("traffic light", 19, (250, 170, 30)), ("traffic sign", 20, (220, 220, 0)),
+    ("vegetation", 21, (107, 142, 35)), ("terrain", 22, (152, 251, 152)), ("sky", 23, (70, 130, 180)),
+    ("person", 24, (220, 20, 60)), ("rider", 25, (255, 0, 0)), ("car", 26, (0, 0, 142)),
+    ("truck", 27, (0, 0, 70)), ("bus", 28, (0, 60, 100)), ("train", 31, (0, 80, 100)),
+    ("motorcycle", 32, (0, 0, 230)), ("bicycle", 33, (119, 11, 32)),
+)  # fmt: skip
 NAMES = tuple(name for name, _, _ in CLASSES)
 # Stored value -> trainId; None: no such label exists, the file is wrong.
 TABLES = {
@@ -78,8 +66,8 @@ def colourise(labels):
 
 
 def size_of(path):
-    """(width, height) from the header alone. Raises DataError."""
-    return _opened(path, lambda image: image.size)
+    """(width, height) as `open_image` gives it, from the header alone where that tells. Raises DataError."""
+    return _opened(path, lambda image: _upright(image).size)
 
 
 def open_image(path):
@@ -87,8 +75,14 @@ def open_image(path):
     image = _decode(path)
     if image.mode not in ("RGB", "RGBA", "P", "L"):
         raise DataError(f"{path}: expected an 8-bit RGB image, found mode {image.mode}")
-    ImageOps.exif_transpose(image, in_place=True)  # a phone's picture as people see it
-    return image.convert("RGB")
+    return _upright(image).convert("RGB")
+
+
+def _upright(image):
+    """A phone's picture as people see it; PNGs, the data sets' format, as they are stored, like labels."""
+    if image.format != "PNG":
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def open_label(path, kind=None):
@@ -316,24 +310,15 @@ def _read_pairs(table, images):
 # ---- tensors -----------------------------------------------------------------------------------------------
 
 
-class Images(torch.utils.data.Dataset):
-    """[Sample] -> dict of name (the file's stem), image (3, H, W), label (H, W) trainIds and invalid (H, W) 0
+def load(sample):
+    """Sample -> dict of name (the file's stem), image (3, H, W), label (H, W) trainIds and invalid (H, W) 0
     or 1, all uint8; the last two only where the sample has them."""
-
-    def __init__(self, found):
-        self.samples = found
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, index):
-        sample = self.samples[index]
-        item = {"name": Path(sample.image).stem, "image": TF.pil_to_tensor(open_image(sample.image))}
-        if sample.label:
-            item["label"] = TF.pil_to_tensor(open_label(sample.label))[0]
-        if sample.invalid:
-            item["invalid"] = TF.pil_to_tensor(open_label(sample.invalid, "invIds"))[0]
-        return item
+    item = {"name": Path(sample.image).stem, "image": TF.pil_to_tensor(open_image(sample.image))}
+    if sample.label:
+        item["label"] = TF.pil_to_tensor(open_label(sample.label))[0]
+    if sample.invalid:
+        item["invalid"] = TF.pil_to_tensor(open_label(sample.invalid, "invIds"))[0]
+    return item
 
 
 class Cache:
@@ -462,12 +447,10 @@ def random_crop(size, crop, scale, rng):
     (height, width), (crop_height, crop_width) = size, crop
     least = max(crop_height / height, crop_width / width)  # smaller, and the crop would not be filled
     factor = rng.uniform(max(scale[0], least), max(scale[1], least))
-    box_height, box_width = min(round(crop_height / factor), height), min(round(crop_width / factor), width)
-    top, left, flip = (
-        rng.randint(0, height - box_height),
-        rng.randint(0, width - box_width),
-        rng.random() < 0.5,
-    )
+    box_height = min(max(1, round(crop_height / factor)), height)
+    box_width = min(max(1, round(crop_width / factor)), width)
+    top, left = rng.randint(0, height - box_height), rng.randint(0, width - box_width)
+    flip = rng.random() < 0.5
 
     def cut(image, mode=TF.InterpolationMode.BILINEAR):
         if TF.get_size(image) != [height, width]:
@@ -555,12 +538,8 @@ def draw_street(city, place, moment):
                 if rng.random() < 0.7:
                     lights.append((x - side * 6 * t, y - h, 18 + 45 * t, (1.0, 0.72, 0.38)))
                 else:
-                    paint(
-                        7,
-                        "rectangle",
-                        (x - 3 - 4 * t, y - h, x + 4 + 5 * t, y - h + 6 + 9 * t),
-                        (215, 190, 40),
-                    )
+                    sign = (x - 3 - 4 * t, y - h, x + 4 + 5 * t, y - h + 6 + 9 * t)
+                    paint(7, "rectangle", sign, (215, 190, 40))
     rng = random.Random(f"{city} {place} {moment}")  # from here on, what moves
     for _ in range(rng.randint(1, 4)):
         t, lane = rng.uniform(0.1, 0.75), rng.choice((-0.45, 0.45, -0.8, 0.8))

@@ -39,14 +39,13 @@ SIZES = {"darkzurich": (1920, 1080), "cityscapes": (2048, 1024)}  # what the tes
 
 
 def best_device():
-    for name in ("cuda", "mps"):
-        if getattr(torch, name).is_available():
-            return name
-    return "cpu"
+    return next((name for name in ("cuda", "mps") if getattr(torch, name).is_available()), "cpu")
 
 
 def device_problem(device):
     """Why torch cannot use a device, as one line, or None."""
+    if device.partition(":")[0] not in ("cuda", "mps", "cpu"):
+        return f"--device {device}: cuda, mps or cpu"
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -82,7 +81,8 @@ def quiet_worker(_):
 def expected(error):
     """Is this told in one line, without a traceback?"""
     known = isinstance(error, ValueError | OSError | torch.OutOfMemoryError)
-    return known or type(error).__name__.startswith("Dist") or "DataLoader worker" in str(error)
+    said = "DataLoader worker" in str(error) or "can't allocate memory" in str(error)
+    return known or said or type(error).__name__.startswith("Dist")
 
 
 def to_float(images, device):
@@ -102,6 +102,14 @@ def checked(state, path):
     return state
 
 
+def rebuilt(state, path):
+    """The DeepLab that a checkpoint describes, its weights not yet filled in. Raises ValueError in one line."""
+    try:
+        return models.DeepLab(**state["architecture"] | {"weights": "none"})
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: damaged checkpoint ({' '.join(str(error).split())[:200]})") from None
+
+
 def load_model(path, which="night", device="cpu", input_format="imagenet"):
     """(DeepLab in eval mode, description): M_n ("night") or M_d ("day") of a last.pt or best.pt, or the
     network of a public file (torchvision, AdaptSegNet, DANNet; output stride 8), whose input_format nothing
@@ -110,13 +118,12 @@ def load_model(path, which="night", device="cpu", input_format="imagenet"):
     The projection head is neither built nor loaded. Raises ValueError in one line."""
     state = models.read_state(path)
     if isinstance(state, dict) and "architecture" in state:
-        state, own = checked(state, path), f"{which}."
+        model, own = rebuilt(checked(state, path), path), f"{which}."
         try:
-            model = models.DeepLab(**state["architecture"] | {"weights": "none"})
             model.load_state_dict(
                 {k.removeprefix(own): v for k, v in state["model"].items() if k.startswith(own)}
             )
-        except (TypeError, AttributeError, ValueError, RuntimeError) as error:
+        except (TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path}: damaged checkpoint ({' '.join(str(error).split())[:200]})") from None
         description = {name: state.get(name) for name in ("architecture", "args", "step")}
     else:
@@ -169,12 +176,13 @@ def _in_windows(model, images, window):
 
 @torch.no_grad()
 def predictions(model, found, device, workers=0, scales=(1.0,), flip=False, window=None):
-    """Yield (item of datasets.Images, prediction (H, W) int64, confidence (H, W)), the last two on the
+    """Yield (item of datasets.load, prediction (H, W) int64, confidence (H, W)), the last two on the
     device, one image at a time; scales, flip and window as in `probabilities`."""
     training = model.training
     model.eval()
     loader = torch.utils.data.DataLoader(
-        datasets.Images(found),
+        found,
+        collate_fn=datasets.load,
         batch_size=None,
         num_workers=workers,
         worker_init_fn=quiet_worker,
@@ -339,10 +347,8 @@ class Submission:
         return {f"{kind}/{name.removesuffix('_rgb_anon')}.png": kind for kind in kinds}
 
     def add(self, item, prediction, confidence):
-        pixels = {
-            "confidence": (confidence.cpu().double() * 65535).round().to(torch.uint16).view(torch.int16)
-        }
-        pixels["labelIds"] = LABEL_IDS[prediction.cpu()]
+        confidence = (confidence.cpu().double() * 65535).round().to(torch.uint16).view(torch.int16)
+        pixels = {"confidence": confidence, "labelIds": LABEL_IDS[prediction.cpu()]}
         pixels["labelTrainIds"] = pixels["labelTrainIds_invalid"] = prediction.cpu().to(torch.uint8)
         for entry, kind in self.entries(item["name"]).items():
             file = io.BytesIO()
@@ -384,11 +390,8 @@ def export(model, path):
     """Write the network with torch.export, batch, height and width dynamic: torch.export.load(path).module()
     maps float RGB images (B, 3, H, W) in [0, 1] to (features, logits) without any file of ours."""
     model = copy.deepcopy(model).cpu()  # a program remembers its device, and a CPU is everywhere
-    dims = {
-        0: torch.export.Dim("batch", min=1),
-        2: torch.export.Dim("height", min=32),
-        3: torch.export.Dim("width", min=32),
-    }
+    least = {0: ("batch", 1), 2: ("height", 32), 3: ("width", 32)}
+    dims = {n: torch.export.Dim(name, min=value) for n, (name, value) in least.items()}
     try:
         program = torch.export.export(model, (torch.rand(2, 3, 64, 96),), dynamic_shapes={"images": dims})
     except RuntimeError as error:
@@ -455,6 +458,10 @@ def contradiction(args):
         return (
             "one of --darkzurich, --cityscapes, --acdc, --nighttime-driving, --images or --export is needed"
         )
+    if args.uiou and not layout:
+        return "--uiou needs a data set with gt_invIds: --darkzurich or --acdc"
+    if args.json and not layout and not args.images:
+        return f"--json {args.json}: nothing to write, no data set or pictures are named"
     if args.images and not args.out:
         return "--images has nothing to score: give --out DIR for the predictions"
     if args.submit and args.split not in (None, "test"):
@@ -466,11 +473,7 @@ def contradiction(args):
         return (
             "--submit is for Dark Zurich's and Cityscapes' test servers; elsewhere --out writes the folders"
         )
-    if (
-        not all(0 < scale < math.inf for scale in args.scales)
-        or args.workers < 0
-        or (args.window and min(args.window) < 32)
-    ):
+    if not all(0 < s < math.inf for s in args.scales) or args.workers < 0 or min(args.window or [32]) < 32:
         return "--scales must be positive, --workers not negative, --window at least 32 x 32"
     return device_problem(args.device)
 
@@ -505,7 +508,12 @@ def run(args):
             submission.add(item, prediction, confidence)
 
     views = {"scales": args.scales, "flip": args.flip, "window": args.window}
-    result = evaluate(model, found, args.device, args.workers, write, args.uiou, **views)
+    try:
+        result = evaluate(model, found, args.device, args.workers, write, args.uiou, **views)
+    except BaseException:
+        if submission:
+            submission.aside.unlink()
+        raise
     if result:
         print(table(result))
     if args.json:

@@ -234,9 +234,7 @@ def torchvision_keys(state):
         return state
     multi_level = any(key.startswith("layer6.") for key in state)
     head = "layer6." if multi_level else "layer5."
-    used = (
-        ("0.", "1.") if multi_level else ("0.", "1.", "2.", "3.")
-    )  # the published code returns inside its loop
+    used = ("0.", "1.", "2.", "3.")[: 2 if multi_level else 4]  # the published code returns in its loop
     converted = {}
     for key, value in state.items():
         branch = key.removeprefix(f"{head}conv2d_list.")
@@ -247,14 +245,17 @@ def torchvision_keys(state):
     return converted
 
 
-def read_weights(path):
-    """The state dict in a file, in torchvision's words. Raises ValueError in one line."""
+def read_weights(path, input_format=None):
+    """The state dict in a file, in torchvision's words. Raises ValueError in one line, also where the file says
+    that it wants another input_format."""
     state = read_state(path)
+    told = state.get("architecture") if isinstance(state, dict) else None
+    told = told.get("input_format") if isinstance(told, dict) else None
+    if input_format and told not in (None, input_format):
+        raise ValueError(f"{path}: wants input_format {told}, not {input_format}")
     state = state.get("model", state.get("state_dict", state)) if isinstance(state, dict) else None
-    named = isinstance(state, dict) and all(
-        isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()
-    )
-    if not named or not state:
+    ok = isinstance(state, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items())
+    if not ok or not state:
         raise ValueError(f"{path}: holds no state dict (names and tensors)")
     return torchvision_keys(state)
 
@@ -271,10 +272,14 @@ def load_weights(model, weights, strict=False):
         return
     if weights == "imagenet":
         name = model.architecture["backbone"]
-        state = torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict(progress=True)
-        state = torchvision_keys(state)
+        public = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+        try:
+            state = torchvision_keys(public.get_state_dict(progress=True))
+        except Exception as error:  # noqa: BLE001 (no network, no space, or a half download's bytes)
+            way_out = f"fetch {public.url} and give the file's path instead"
+            raise ValueError(f"imagenet: no weights ({' '.join(str(error).split())}); {way_out}") from None
     else:
-        state = read_weights(weights)
+        state = read_weights(weights, model.architecture["input_format"])
     branches = sum(key.startswith("classifier.") and key.endswith(".weight") for key in state)
     if model.architecture["head"] == "deeplabv2" and 0 < branches < len(model.classifier):
         del model.classifier[branches:]
@@ -283,8 +288,8 @@ def load_weights(model, weights, strict=False):
     is_v2 = model.architecture["head"] == "deeplabv2"
     last = "classifier." if is_v2 else f"classifier.{len(model.classifier) - 1}."
     one = "classifier.0.weight" if is_v2 else f"{last}weight"
-    if one in state and one in wanted and len(state[one]) != len(wanted[one]) and not strict:
-        found, want = len(state[one]), len(wanted[one])
+    if one in state and one in wanted and state[one].shape[:1] != wanted[one].shape[:1] and not strict:
+        found, want = state[one].shape[:1].numel(), len(wanted[one])
         print(f"{weights}: classifier for {found} classes left out, {want} are wanted", flush=True)
         state = {key: value for key, value in state.items() if not key.startswith(last)}
         wanted = {key: value for key, value in wanted.items() if not key.startswith(last)}
@@ -307,7 +312,7 @@ def architecture_of(path):
     depth = len({key.split(".")[2] for key in state if key.startswith("backbone.layer3.")})
     name = {6: "resnet50", 23: "resnet101"}.get(depth if "backbone.layer3.0.conv3.weight" in state else None)
     heads = {"classifier.4.weight": "aspp", "classifier.0.weight": "deeplabv2"}
-    last = next((key for key in heads if key in state), None)
+    last = next((key for key in heads if key in state and state[key].ndim), None)
     if name is None or last is None:
         raise ValueError(
             f"{path}: neither a DeepLab v3 nor v2 state dict (ResNet-50 or 101, with its classifier)"

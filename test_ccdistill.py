@@ -373,6 +373,22 @@ def test_imagenet_weights_come_from_torchvisions_enum_and_only_when_asked(monkey
     assert asked == [torchvision.models.ResNet18_Weights.IMAGENET1K_V1]
     assert torch.equal(model.backbone.conv1.weight, resnet.conv1.weight)
 
+    def cut_short(*_, **__):
+        raise EOFError("ran out of input")
+
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", cut_short)
+    with pytest.raises(ValueError, match=r"ran out of input.*fetch https://.*give the file's path"):
+        models.DeepLab(weights="imagenet")
+
+
+def test_a_checkpoint_tells_its_input_format(tmp_path):
+    model = models.DeepLab(input_format="caffe")
+    state = {f"night.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"architecture": model.architecture, "model": state}, tmp_path / "last.pt")
+    models.DeepLab(input_format="caffe", weights=tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="wants input_format caffe, not imagenet"):
+        models.DeepLab(weights=tmp_path / "last.pt")
+
 
 # ---- the method --------------------------------------------------------------------------------------------
 
@@ -674,6 +690,7 @@ def test_a_crop_cuts_image_and_label_alike(tmp_path):
         flips.add(bool(row[0] > row[-1]))
         widths.add(int((row[0] - row[-1]).abs()))
     assert flips == {False, True} and min(widths) < 65 and max(widths) > 110
+    assert datasets.random_crop((100, 200), (40, 60), (99, 99), rng)(gradient).shape == (1, 40, 60)
 
 
 def stream_of(city, **options):
@@ -969,7 +986,10 @@ def test_a_loss_that_is_not_finite_stops_and_is_named(city, tmp_path, capsys, mo
         (["--content-weight", "-1"], "--content-weight must not be negative"),
         (["--lr", "nan"], "--lr must be a finite number"),
         (["--lr", "inf"], "--lr must be a finite number"),
-        (["--night-strength", "-1"], "--night-strength must not be negative"),
+        (["--night-strength", "-1"], "--night-strength wants 0 to 1"),
+        (["--night-strength", "7"], "--night-strength wants 0 to 1"),
+        (["--seed", "9" * 20], "--seed wants 63 bits"),
+        (["--device", "meta"], "--device meta"),
         (["--day-only", "--synthetic-night", "x"], "leave --synthetic-night out"),
         (["--demo"], "--demo draws its own data"),
         (["--backbone", "vgg"], "invalid choice"),
@@ -1058,6 +1078,11 @@ def test_missing_folders_are_named(tree, tmp_path, capsys):
     shutil.rmtree(tree / "darkzurich/gt")  # no labelled nights: training works, without scores
     assert train.main(arguments(tree, tmp_path / "run", "--steps", 1, "--pairs", "none")) == 0
     assert "validation: none" in capsys.readouterr().out and not (tmp_path / "run/best.pt").exists()
+    baseline = arguments(
+        tree, tmp_path / "other", "--steps", 1, "--day-only", "--darkzurich", tmp_path / "typo"
+    )
+    assert train.main(baseline) == 2
+    assert "typo: no such folder" in capsys.readouterr().err
     shutil.rmtree(tree / "cityscapes/gtFine")
     assert train.main(arguments(tree, tmp_path / "other", "--steps", 1)) == 2
     assert train.main(arguments(tree / "nowhere", tmp_path / "other", "--steps", 1)) == 2
@@ -1403,10 +1428,30 @@ def test_a_checkpoint_that_is_damaged_inside_is_told(small_city, tmp_path, capsy
     command = arguments(small_city, tmp_path / "run", "--steps", 1, "--crop", 32, 32)
     assert train.main(command) == 0
     path = tmp_path / "run/last.pt"
-    torch.save(state_of(path) | {"model": {}}, path)
-    assert train.main([*command, "--resume"]) == 2
+    whole = state_of(path)
+    for damaged in ({"model": {}}, {"architecture": {"nonsense": 1}}, {"architecture": "vgg"}):
+        torch.save(whole | damaged, path)
+        assert train.main([*command, "--resume"]) == 2
+        errors = capsys.readouterr().err
+        assert f"{path}: damaged checkpoint (" in errors and errors.count("\n") == 1
+
+
+def test_resumed_elsewhere_a_run_has_its_own_best(small_city, tmp_path):
+    command = ("--steps", 2, "--crop", 32, 32, "--save-every", 1)
+    assert train.main(arguments(small_city, tmp_path / "run", *command)) == 0
+    path = tmp_path / "run/last.pt"
+    torch.save(state_of(path) | {"best": 99.0, "step": 1}, tmp_path / "other.pt")
+    assert (
+        train.main(arguments(small_city, tmp_path / "new", *command, "--resume", tmp_path / "other.pt")) == 0
+    )
+    assert (tmp_path / "new/best.pt").exists()
+
+
+def test_too_little_memory_is_told(small_city, tmp_path, capsys):
+    more = ("--steps", 1, "--crop", 32, 32, "--embedding-dim", 10**11)
+    assert train.main(arguments(small_city, tmp_path / "run", *more)) == 2
     errors = capsys.readouterr().err
-    assert f"{path}: damaged checkpoint (" in errors and errors.count("\n") == 1
+    assert "can't allocate memory" in errors and errors.count("\n") == 1
 
 
 def resident(pid):
@@ -1774,6 +1819,12 @@ def test_any_picture(checkpoint, tmp_path, capsys):
                 assert image.size == (33 + n, 20 + 30 * n) and image.mode == mode
     ids, train_ids = (Image.open(tmp_path / f"out/{kind}/a3.png") for kind in ("labelIds", "labelTrainIds"))
     assert ids.getpixel((5, 5)) == datasets.CLASSES[train_ids.getpixel((5, 5))][1]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    for ending, size in (("jpg", (30, 40)), ("png", (40, 30))):
+        Image.new("RGB", (40, 30)).save(tmp_path / f"turned.{ending}", exif=exif)
+        path = tmp_path / f"turned.{ending}"
+        assert datasets.open_image(path).size == datasets.size_of(path) == size
     picture_file(tmp_path / "in", "a0.jpg")
     assert evaluated(checkpoint, tmp_path, "--images", tmp_path / "in", "--out", tmp_path / "out") == 2
     assert "would overwrite" in capsys.readouterr().err
@@ -1820,6 +1871,13 @@ def test_submissions(checkpoint, tmp_path, capsys, monkeypatch):
     assert "GOPR0364_frame_000001_rgb_anon.png: the server wants (1920, 1080)" in capsys.readouterr().err
     assert file.read_bytes() == before and not Path(f"{file}.tmp").exists()
     monkeypatch.setattr(evaluate, "SIZES", {"darkzurich": (64, 48)})
+    image = next(root.rglob("GOPR*2_rgb_anon.png"))
+    whole = image.read_bytes()
+    image.write_bytes(whole[:-40])
+    assert evaluated(checkpoint, tmp_path, "--darkzurich", root, "--submit", file) == 2
+    assert file.read_bytes() == before and not Path(f"{file}.tmp").exists()
+    image.write_bytes(whole)
+    capsys.readouterr()
     monkeypatch.setattr(evaluate.Submission, "add", lambda *_: None)  # a prediction that gets lost
     assert evaluated(checkpoint, tmp_path, "--darkzurich", root, "--submit", file) == 2
     assert "missing or too many" in capsys.readouterr().err
@@ -1856,6 +1914,8 @@ print("same")"""
     [
         ([], "is needed"),
         (["--images", "x"], "give --out DIR"),
+        (["--images", "x", "--out", "y", "--uiou"], "--uiou needs a data set"),
+        (["--export", "x", "--json", "s.json"], "nothing to write"),
         (["--darkzurich", "x", "--scales", "0"], "--scales must be positive"),
         (["--darkzurich", "x", "--window", "8", "8"], "--window at least 32 x 32"),
         (["--darkzurich", "x", "--acdc", "y"], "not allowed with argument"),

@@ -76,7 +76,7 @@ def parse_args(argv):
     add("--scale", **number, nargs=2, metavar=("MIN", "MAX"), default=(0.5, 1.0), help="resizing before it")
     add("--cache", metavar="DIR", help="keep decoded images there (Cityscapes and Dark Zurich: 59 GB)")
     add("--workers", **whole, default=2, help="decoding processes")
-    add("--skip-broken", **whole, default=0, help="broken files to leave out before giving up")
+    add("--skip-broken", **whole, default=0, help="times that a file that cannot be decoded is left out")
 
     add = parser.add_argument_group("network").add_argument
     add("--backbone", choices=models.BACKBONES, default="resnet18", help="torchvision's ResNet")
@@ -149,7 +149,7 @@ def contradiction(args):
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             return f"--{name.replace('_', '-')} must be a finite number, got {value}"
-    if Path(args.out).is_file():
+    if os.path.isfile(args.out):
         return f"--out {args.out} is a file"
     if args.day_only and args.synthetic_night:
         return "--day-only sees no night: leave --synthetic-night out"
@@ -158,20 +158,24 @@ def contradiction(args):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             return f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}"
     weights = ("content_weight", "style_weight", "js_weight", "pseudo_weight", "weight_decay")
-    for name in ("workers", "skip_broken", "power", "night_strength", *weights):
+    for name in ("workers", "skip_broken", "power", *weights):
         if (getattr(args, name) or 0) < 0:
             return f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}"
     if min(args.crop) < 32:
         return f"--crop must be at least 32 x 32, got {args.crop[0]} {args.crop[1]}"
     if not 0 < args.scale[0] <= args.scale[1] < math.inf:
         return f"--scale wants 0 < MIN <= MAX, got {args.scale[0]} {args.scale[1]}"
-    for name in ("pseudo_threshold", "warmup"):
-        if not 0 <= getattr(args, name) <= 1:
+    if abs(args.seed) >= 2**63:
+        return f"--seed wants 63 bits, got {args.seed}"
+    for name in ("pseudo_threshold", "warmup", "night_strength"):
+        if not 0 <= (getattr(args, name) or 0) <= 1:
             return f"--{name.replace('_', '-')} wants 0 to 1, got {getattr(args, name)}"
     if args.demo and (args.cityscapes or args.darkzurich or args.acdc or args.day_only):
         return "--demo draws its own data and trains day-only and the method on it: give it no other data"
     if (args.demo or args.benchmark) and (args.processes > 1 or args.resume):
         return "--demo and --benchmark start anew, in one process: no torchrun, no --resume"
+    if args.demo and args.benchmark:
+        return "--demo or --benchmark: one at a time (--benchmark without data times the demo city)"
     if args.benchmark and args.day_only:
         return "--benchmark compares the method with plain training: leave --day-only out"
     if args.json and not args.benchmark:
@@ -193,10 +197,6 @@ def contradiction(args):
         return "--darkzurich and --acdc: one target at a time"
     if args.acdc and args.pairs not in ("corresp", "none"):
         return "--acdc pairs by name: --pairs corresp or none"
-    if args.head == "deeplabv2" and (
-        args.output_stride != 8 or args.backbone not in ("resnet50", "resnet101")
-    ):
-        return "--head deeplabv2 needs --output-stride 8 and --backbone resnet50 or resnet101"
     if args.weights == "imagenet" and args.input_format == "caffe":
         return "--weights imagenet are RGB: --input-format imagenet"
     return evaluate.device_problem(args.device)
@@ -217,6 +217,8 @@ def load_data(args):
         if args.synthetic_night:
             synthetic = datasets.synthetic_nights(args.synthetic_night, source)
             print(f"synthetic nights: {len(synthetic)} in {args.synthetic_night}", flush=True)
+    if root and not Path(root).is_dir():
+        raise datasets.DataError(f"{root}: no such folder")
     if root and Path(root, datasets.LAYOUTS[layout][2].format("val")).is_dir():
         validation = datasets.samples(layout, root, "val", args.labels)
         print(f"validation: {datasets.describe(validation, root)}", flush=True)
@@ -304,11 +306,11 @@ def picture(tiles, columns, path, titles=()):
     image.save(path)
 
 
-def build(args, architecture=None):
-    """The method on its device, with an optimizer over everything that learns; `architecture`: that of the
-    checkpoint that is going to be restored, so that no initial weights are read again."""
-    if architecture:
-        model = models.DeepLab(**architecture | {"weights": "none"})
+def build(args, state=None):
+    """The method on its device, with an optimizer over everything that learns; `state`: the checkpoint that is
+    going to be restored, so that no initial weights are read again."""
+    if state:
+        model = evaluate.rebuilt(state, state["path"])
     else:
         classes, formats = len(datasets.NAMES), args.input_format
         model = models.DeepLab(args.backbone, classes, args.output_stride, args.head, args.weights, formats)
@@ -400,12 +402,9 @@ def open_log(path, step):
         return open(os.devnull, "w")
     rows = []
     if step and path.exists():
-        with open(path, newline="") as file:
-            rows = [
-                row
-                for row in csv.DictReader(file)
-                if (row.get("step") or "").isdigit() and int(row["step"]) <= step
-            ]
+        with open(path, newline="", errors="replace") as file:
+            found = list(csv.DictReader(file))
+        rows = [row for row in found if (row.get("step") or "").isdigit() and int(row["step"]) <= step]
     aside = Path(f"{path}.tmp")
     with open(aside, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
@@ -450,14 +449,15 @@ def train(args):
     state = resumable(args) if args.resume else None
     torch.manual_seed(args.seed)
     stream, validation = load_data(args)
-    method, optimizer = build(args, state and state["architecture"])
+    method, optimizer = build(args, state)
     start, best, skipped = restore(state, method, optimizer) if state else (0, -1.0, 0)
+    best = best if (out / "best.pt").exists() else -1.0  # the score of a file that lies elsewhere
     rank, processes = evaluate.ranks()
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "args.json").write_text(json.dumps(vars(args), indent=1))
     if start == args.steps:
-        print(f"{out / 'last.pt'}: at step {start} of {args.steps} already", flush=True)
+        print(f"{out / 'last.pt'}: at step {start} of {args.steps} already, for evaluate.py", flush=True)
     method.train()
     parallel = method
     if processes > 1:
@@ -579,24 +579,18 @@ def demo(args):
         print(f"\n{name}: {args.steps} steps", flush=True)
         train(run)
     validation = datasets.samples("darkzurich", args.darkzurich)
-    rows = [[item["image"], datasets.colourise(item["label"])] for item in datasets.Images(validation[:4])]
+    rows = {}
+
+    def draw(item, prediction, _):
+        row = rows.setdefault(item["name"], [item["image"], datasets.colourise(item["label"])])
+        row.insert(-1, datasets.colourise(prediction))
+
     for name in ("day-only", "ccdistill"):
         model, _ = evaluate.load_model(out / name / "last.pt", device=args.device)
-        tiles = []
-        results[name] = evaluate.evaluate(
-            model,
-            validation,
-            args.device,
-            each=lambda _, prediction, __, tiles=tiles: tiles.append(prediction),
-        )
-        for row, prediction in zip(rows, tiles, strict=False):
-            row.insert(-1, datasets.colourise(prediction))
-    titles = [
-        "target night",
-        *(f"{name}: {result['miou']:.1f} mIoU" for name, result in results.items()),
-        "label",
-    ]
-    picture([tile for row in rows for tile in row], 4, out / "comparison.png", titles)
+        results[name] = evaluate.evaluate(model, validation, args.device, each=draw)
+    scored = [f"{name}: {result['miou']:.1f} mIoU" for name, result in results.items()]
+    tiles = [tile for row in list(rows.values())[:4] for tile in row]
+    picture(tiles, 4, out / "comparison.png", ["target night", *scored, "label"])
     print(f"\n{'at night':11} day-only  ccdistill")
     print(evaluate.table(*results.values()))
     print(f"picture: {out / 'comparison.png'}")
@@ -646,7 +640,7 @@ def benchmark(args):
 
 
 def clock(device):
-    if device != "cpu":
+    if not device.startswith("cpu"):
         torch.accelerator.synchronize(device)
     return time.perf_counter() * 1000
 
@@ -704,7 +698,8 @@ def operations(method, optimizer, batch, args):
     """Floating-point operations of a step, and what a large matrix product reaches, in 10^12 (a second)."""
     with FlopCounterMode(display=False) as counter:
         timed_step(method, optimizer, batch, args)
-    size, dtype = (8192, 1024)[args.device == "cpu"], (torch.float32, torch.bfloat16)[args.amp == "bf16"]
+    size = 1024 if args.device.startswith("cpu") else 8192
+    dtype = (torch.float32, torch.bfloat16)[args.amp == "bf16"]
     square, took = torch.rand(size, size, device=args.device).to(dtype), []
     for _ in range(6):
         began = clock(args.device)
