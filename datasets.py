@@ -230,20 +230,16 @@ def pictures(paths):
     """[Sample] of picture files, and of the pictures in folders. Raises DataError."""
     found = []
     for path in map(Path, paths):
-        inside = (
-            sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES) if path.is_dir() else [path]
-        )
-        if not inside:
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES) if path.is_dir() else [path]
+        if not files:
             raise DataError(f"{path}: no picture in it ({', '.join(sorted(PICTURES))})")
-        found += inside
+        found += files
     names = collections.Counter(path.stem for path in found)
     if twice := [path for path in found if names[path.stem] > 1]:
         raise DataError(
             f"{twice[0]}: another picture has the same name {twice[0].stem}, one would overwrite the other"
         )
-    for path in found:
-        size_of(path)
-    return [Sample(path) for path in found]
+    return [Sample(path) for path in found if size_of(path)]  # which raises where it is no picture
 
 
 def synthetic_nights(root, source):
@@ -266,12 +262,10 @@ def targets(layout, root, pairs="corresp"):
     images = Path(root, "rgb_anon")
     if layout == "acdc":
         nights = _find(images / "night/train", "*/*_rgb_anon.png")
-        reference = images / "night/train_ref"
-        days = [
-            reference / n.parent.name / n.name.replace("_rgb_anon.png", "_rgb_ref_anon.png") for n in nights
-        ]
+        ref = images / "night/train_ref"
+        days = [ref / n.parent.name / n.name.replace("_rgb_anon.png", "_rgb_ref_anon.png") for n in nights]
         if pairs == "none":
-            days = _find(reference, "*/*_rgb_ref_anon.png")
+            days = _find(ref, "*/*_rgb_ref_anon.png")
     elif pairs == "none":
         days, nights = (_find(images / "train" / light, "*/*_rgb_anon.png") for light in ("day", "night"))
     else:

@@ -130,22 +130,17 @@ class DeepLab(nn.Module):
     def __init__(self, backbone="resnet18", num_classes=19, output_stride=16, head="aspp", weights="none",
                  input_format="imagenet", branches=4):  # fmt: skip
         super().__init__()
-        for name, value, known in (
-            ("backbone", backbone, BACKBONES),
-            ("output_stride", output_stride, tuple(ATROUS_RATES)),
-            ("head", head, HEADS),
-            ("input_format", input_format, tuple(INPUT_FORMATS)),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {known}, got {value!r}")
-        if head == "deeplabv2" and (output_stride != 8 or backbone not in ("resnet50", "resnet101")):
-            raise ValueError(
-                f"head deeplabv2 needs resnet50 or 101 at output_stride 8, not {backbone} at {output_stride}"
-            )
-        self.low_memory = False
         # What a checkpoint needs in order to build this model again.
         self.architecture = {"backbone": backbone, "num_classes": num_classes, "output_stride": output_stride}
         self.architecture |= {"head": head, "input_format": input_format, "branches": branches}
+        choices = {"backbone": BACKBONES, "output_stride": tuple(ATROUS_RATES), "head": HEADS}
+        for name, known in (choices | {"input_format": tuple(INPUT_FORMATS)}).items():
+            if self.architecture[name] not in known:
+                raise ValueError(f"{name} must be one of {known}, got {self.architecture[name]!r}")
+        if head == "deeplabv2" and (output_stride != 8 or backbone not in ("resnet50", "resnet101")):
+            wrong = f"{backbone} at {output_stride}"
+            raise ValueError(f"head deeplabv2 needs resnet50 or resnet101 at output_stride 8, not {wrong}")
+        self.low_memory = False
         resnet = getattr(torchvision.models, backbone)(weights=None)
         channels = resnet.fc.in_features
         if head == "deeplabv2":
@@ -214,9 +209,7 @@ def read_state(path):
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception:  # noqa: BLE001 (unpickling raises whatever the bytes suggest)
-        refused = (
-            "truncated, no torch file, or one with more than tensors and plain values, which is not loaded"
-        )
+        refused = "truncated, no torch file, or one with more than tensors and plain values: not loaded"
         raise ValueError(f"{path}: not a file of tensors ({refused})") from None
 
 
@@ -314,7 +307,6 @@ def architecture_of(path):
     heads = {"classifier.4.weight": "aspp", "classifier.0.weight": "deeplabv2"}
     last = next((key for key in heads if key in state and state[key].ndim), None)
     if name is None or last is None:
-        raise ValueError(
-            f"{path}: neither a DeepLab v3 nor v2 state dict (ResNet-50 or 101, with its classifier)"
-        )
+        what = "a DeepLab v3 nor v2 state dict (ResNet-50 or 101, with its classifier)"
+        raise ValueError(f"{path}: neither {what}")
     return {"backbone": name, "num_classes": len(state[last]), "output_stride": 8, "head": heads[last]}
