@@ -239,7 +239,9 @@ def pictures(paths):
         raise DataError(
             f"{twice[0]}: another picture has the same name {twice[0].stem}, one would overwrite the other"
         )
-    return [Sample(path) for path in found if size_of(path)]  # which raises where it is no picture
+    for path in found:
+        size_of(path)
+    return [Sample(path) for path in found]
 
 
 def synthetic_nights(root, source):

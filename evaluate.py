@@ -13,6 +13,7 @@ does, and `miou_present` also those without label. A class that does not occur h
 
 import argparse
 import concurrent.futures
+import contextlib
 import copy
 import io
 import json
@@ -102,12 +103,17 @@ def checked(state, path):
     return state
 
 
+def damaged(path, error):
+    """What to raise where a checkpoint's content does not fit, as one line."""
+    return ValueError(f"{path}: damaged checkpoint ({' '.join(str(error).split())[:200]})")
+
+
 def rebuilt(state, path):
     """The DeepLab that a checkpoint describes, its weights not yet filled in. Raises ValueError in one line."""
     try:
         return models.DeepLab(**state["architecture"] | {"weights": "none"})
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: damaged checkpoint ({' '.join(str(error).split())[:200]})") from None
+        raise damaged(path, error) from None
 
 
 def load_model(path, which="night", device="cpu", input_format="imagenet"):
@@ -124,7 +130,7 @@ def load_model(path, which="night", device="cpu", input_format="imagenet"):
                 {k.removeprefix(own): v for k, v in state["model"].items() if k.startswith(own)}
             )
         except (TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"{path}: damaged checkpoint ({' '.join(str(error).split())[:200]})") from None
+            raise damaged(path, error) from None
         description = {name: state.get(name) for name in ("architecture", "args", "step")}
     else:
         model = models.DeepLab(**models.architecture_of(path), input_format=input_format)
@@ -324,7 +330,7 @@ def write_prediction(folder, item, prediction):
 
 
 class Submission:
-    """A zip for a test server, written as FILE.tmp, checked, and then named FILE.
+    """A zip for a test server, written as FILE.tmp; `with` checks it at the end and names it FILE, or removes it.
 
     Dark Zurich: labelTrainIds/, labelTrainIds_invalid/ (the same) and confidence/ (16 bit, 65535 times the
     largest softmax) at its top, names beginning with SEQ_frame_NNNNNN. Cityscapes: labelIds, one PNG an
@@ -355,18 +361,21 @@ class Submission:
             TF.to_pil_image(pixels[kind]).save(file, format="PNG")
             self.zip.writestr(entry, file.getvalue())
 
-    def close(self):
-        """Open the zip again, check that every image has its entries, and name it. Raises ValueError."""
-        self.zip.close()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, failed, *_):
         try:
-            entries = self.check()
-        except ValueError:
-            self.aside.unlink()
-            raise
-        self.aside.replace(self.path)
-        print(f"{self.path}: {entries} entries for {len(self.found)} images, checked")
+            self.zip.close()
+            if not failed:
+                entries = self.check()
+                self.aside.replace(self.path)
+                print(f"{self.path}: {entries} entries for {len(self.found)} images, checked")
+        finally:
+            self.aside.unlink(missing_ok=True)
 
     def check(self):
+        """Open the zip again and count its entries, every image's. Raises ValueError."""
         with zipfile.ZipFile(self.aside) as packed:
             names, wanted = packed.namelist(), {}
             for sample in self.found:
@@ -499,30 +508,23 @@ def run(args):
         export(model, args.export)
     if not found:
         return
-    submission = Submission(args.submit, layout, found) if args.submit else None
-
-    def write(item, prediction, confidence):
-        if args.out:
-            write_prediction(args.out, item, prediction)
-        if submission:
-            submission.add(item, prediction, confidence)
-
     views = {"scales": args.scales, "flip": args.flip, "window": args.window}
-    try:
+    with Submission(args.submit, layout, found) if args.submit else contextlib.nullcontext() as submission:
+
+        def write(item, prediction, confidence):
+            if args.out:
+                write_prediction(args.out, item, prediction)
+            if submission:
+                submission.add(item, prediction, confidence)
+
         result = evaluate(model, found, args.device, args.workers, write, args.uiou, **views)
-    except BaseException:
-        if submission:
-            submission.aside.unlink()
-        raise
-    if result:
-        print(table(result))
-    if args.json:
-        result |= {"images": len(found), "args": vars(args), "checkpoint": description}
-        Path(args.json).write_text(json.dumps(result, indent=1))
-    if args.out:
-        print(f"{args.out}: labelTrainIds/, labelIds/, color/ and overlay/ of {len(found)} images")
-    if submission:
-        submission.close()
+        if result:
+            print(table(result))
+        if args.json:
+            result |= {"images": len(found), "args": vars(args), "checkpoint": description}
+            Path(args.json).write_text(json.dumps(result, indent=1))
+        if args.out:
+            print(f"{args.out}: labelTrainIds/, labelIds/, color/ and overlay/ of {len(found)} images")
 
 
 def main(argv=None):

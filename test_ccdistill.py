@@ -1822,8 +1822,8 @@ def test_any_picture(checkpoint, tmp_path, capsys):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     for ending, size in (("jpg", (30, 40)), ("png", (40, 30))):
-        Image.new("RGB", (40, 30)).save(tmp_path / f"turned.{ending}", exif=exif)
         path = tmp_path / f"turned.{ending}"
+        Image.new("RGB", (40, 30)).save(path, exif=exif)
         assert datasets.open_image(path).size == datasets.size_of(path) == size
     picture_file(tmp_path / "in", "a0.jpg")
     assert evaluated(checkpoint, tmp_path, "--images", tmp_path / "in", "--out", tmp_path / "out") == 2

@@ -315,15 +315,14 @@ def build(args, state=None):
         classes, formats = len(datasets.NAMES), args.input_format
         model = models.DeepLab(args.backbone, classes, args.output_stride, args.head, args.weights, formats)
     model.low_memory = args.low_memory
-    same = ("batch_norm", "night_style", "night_strength", "embedding_dim", "content_weight", "style_weight")
-    same += ("js_weight", "pseudo_weight", "pseudo_threshold")
     method = ccdistill.CCDistill(
-        model,
-        night_weights="shared" if args.day_only else args.night_weights,
+        model, night_weights="shared" if args.day_only else args.night_weights,
+        batch_norm=args.batch_norm, night_style=args.night_style, night_strength=args.night_strength,
         projection=not args.no_projection and not args.day_only and args.content_weight > 0,
+        embedding_dim=args.embedding_dim, content_weight=args.content_weight, style_weight=args.style_weight,
+        js_weight=args.js_weight, pseudo_weight=args.pseudo_weight, pseudo_threshold=args.pseudo_threshold,
         target_paired=args.pairs != "none",
-        **{name: getattr(args, name) for name in same},
-    ).to(args.device, memory_format=torch.channels_last)
+    ).to(args.device, memory_format=torch.channels_last)  # fmt: skip
     if args.processes > 1 and args.device.startswith("cuda"):
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     if args.compile:
@@ -385,9 +384,7 @@ def restore(state, method, optimizer):
         optimizer.load_state_dict(state["optimizer"])
         return state["step"], state["best"], state["skipped"]
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{state['path']}: damaged checkpoint ({' '.join(str(error).split())[:200]})"
-        ) from None
+        raise evaluate.damaged(state["path"], error) from None
 
 
 def open_log(path, step):
