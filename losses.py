@@ -1,99 +1,45 @@
-"""The equations of CCDistill (Gao, Guo, Wang, Zhang, CVPR 2022, arXiv 2205.00858). Torch only: vendor this
-file.
+"""The equations of CCDistill (Gao, Guo, Wang, Zhang, CVPR 2022, arXiv 2205.00858). Imports torch alone: copy
+this file into your own code.
 
     from losses import content_distill, style_distill
 
-Domains always come in the order source_day (S_d), source_night (S_n), target_day (T_d), target_night (T_n).
-The paper's text was not at hand: the graphs come from its framework figure; the L2 norm, the mean over all
-entries, the softmax inside D and the unit weights are our reading of it.
-
-Precision: half types are raised to float32, float64 stays float64, autocast is off inside.
+Domains come in one order everywhere: source_day (S_d), source_night (S_n), target_day (T_d), target_night
+(T_n). The paper's text was not at hand. The graphs come from its framework figure; the L2 norm, the mean over
+all entries, the softmax inside D and all weights are our reading of it. Half precision is raised to float32,
+float64 stays float64, autocast changes nothing. What is no tensor raises TypeError; a tensor of another shape
+than documented, without values, or complex raises ValueError.
 """
 
-import functools
 import math
 
 import torch
 import torch.nn.functional as F
 
 
-def full_precision(function):
-    """Run `function` with autocast off, on tensors raised to one common type of at least float32.
-
-    `.float()` alone would not do: under autocast the product of two float32 matrices is still a bfloat16 one.
-    """
-
-    @functools.wraps(function)
-    def wrapped(*args, **kwargs):
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
-
-        def raised(value):
-            return value.to(dtype) if isinstance(value, torch.Tensor) else value
-
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            return function(*map(raised, args), **{name: raised(value) for name, value in kwargs.items()})
-
-    return wrapped
-
-
-def _same_shape(dims=None, **tensors):
-    """Raise ValueError, naming every shape, unless all agree in their first `dims` dimensions (None: in
-    all)."""
-    if len({tuple(t.shape[:dims]) for t in tensors.values()}) > 1:
-        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
-        raise ValueError(f"{'shapes' if dims is None else 'batch and channels'} must agree: {shapes}")
-
-
-def _scaled(x):
-    """Each sample divided by its largest value: correlations do not see it, and squares cannot overflow."""
-    largest = x.detach().flatten(1).abs().amax(1).view(-1, *[1] * (x.ndim - 1))
-    return x / largest.masked_fill(largest == 0, 1)
-
-
-def _unit_rows(x):
-    """(N, D): each row divided by its L2 norm. A zero row stays zero and passes no gradient."""
-    x = _scaled(x)
-    length = x.norm(dim=1, keepdim=True)
-    return x * torch.where(length == 0, 0, 1 / length.masked_fill(length == 0, 1))
-
-
-@full_precision
 def correlation(a, b):
-    """Cor(a, b): cosine similarities between all samples of two domains (the figure's fully connected
-    graphs).
+    """Cor(a, b): cosine similarities between all samples of two domains (the figure's graphs).
 
-    a, b: (B, ...), equal shapes, flattened from dimension 1. Returns (2B, 2B): row i < B is a[i], row B + i
-    is b[i]. A sample that is all zero correlates 0 with everything, itself included, and gets zero gradient.
-    Raises ValueError if the shapes differ, have fewer than two dimensions, or hold no value.
+    a, b: (B, ...) of one shape, flattened from dimension 1. Returns (2B, 2B): row i < B is a[i], row B + i is
+    b[i]. A sample that is all zero correlates 0 with everything, itself included, and gets zero gradient.
     """
-    _same_shape(a=a, b=b)
-    if a.ndim < 2 or a.numel() == 0:
-        raise ValueError(f"expected (B, ...) with at least one sample and one value, got {tuple(a.shape)}")
-    z = _unit_rows(torch.cat([a, b]).flatten(1))
-    return z @ z.T
+    a, b = _checked("(B, ...)", a=a, b=b)
+    rows = torch.cat([a, b]).flatten(1)
+    length = rows.norm(dim=1, keepdim=True)
+    unit = rows * (1 / length.masked_fill(length == 0, 1)).masked_fill(length == 0, 0)
+    return _product(unit, unit.T)
 
 
-@full_precision
 def gram(features):
-    """G = F F^T / (H*W), the style of a feature map: what occurs together, not where.
-
-    features: (B, C, H, W). Returns (B, C, C). Raises ValueError unless it has four dimensions.
-    """
-    if features.ndim != 4:
-        raise ValueError(f"expected features of shape (B, C, H, W), got {tuple(features.shape)}")
+    """G = F F^T / (H * W): which channels occur together, not where. (B, C, H, W) -> (B, C, C)."""
+    (features,) = _checked("(B, C, H, W)", features=features)
     f = features.flatten(2)
-    return f @ f.transpose(1, 2) / f.shape[2]
+    return _product(f, f.transpose(1, 2)) / f.shape[2]
 
 
-@full_precision
 def js_divergence(p, q):
     """D: Jensen-Shannon divergence of softmax(p) and softmax(q), sample i with sample i, mean over the batch.
-
-    p, q: (B, D) logits of equal shape. Returns a scalar in [0, ln 2] (nats). Raises ValueError if shapes
-    differ.
-    """
-    _same_shape(p=p, q=q)
+    p, q: (B, D). Returns a scalar in [0, ln 2] (nats)."""
+    p, q = _checked("(B, D)", p=p, q=q)
     log_p, log_q = p.log_softmax(1), q.log_softmax(1)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     kl_p = (log_p.exp() * (log_p - log_m)).sum(1)
@@ -101,87 +47,124 @@ def js_divergence(p, q):
     return ((kl_p + kl_q) / 2).mean().clamp(0, math.log(2))  # rounding can step outside by 1e-8
 
 
-@full_precision
-def content_distill(
-    e_source_day, e_source_night, e_target_day, e_target_night, js_weight=1.0, target_paired=True
-):
-    """L_CDC, cross-domain content distillation: a difference of one kind has one degree wherever it is
-    measured.
+def content_terms(e_source_day, e_source_night, e_target_day, e_target_night, target_paired=True, js=True):
+    """The parts of L_CDC, as a dict of scalars, from four embeddings (B, D) of one shape:
 
-    Four embeddings (B, D) of one shape. Returns the scalar
-        mse(Cor(S_d, T_d), Cor(S_n, T_n)) + mse(Cor(S_d, S_n), Cor(T_d, T_n)) + js_weight * JS
-    with JS = D(S_d, S_n) + D(T_d, T_n) - D(S_d, T_n) - D(S_n, T_d), the figure's red and green arcs.
-    js_weight 0 leaves JS uncomputed; target_paired=False (T_d and T_n show different places) leaves D(T_d,
-    T_n) out. Raises ValueError, naming the shapes, if they differ.
+        inherent      mse(Cor(S_d, T_d), Cor(S_n, T_n))     how far the cities differ: by day as by night
+        illumination  mse(Cor(S_d, S_n), Cor(T_d, T_n))     how far the light differs: in S as in T
+        js            D(S_d, S_n) + D(T_d, T_n) - D(S_d, T_n) - D(S_n, T_d)       the figure's arcs
+
+    target_paired=False (T_d[i] and T_n[i] show different places): S_d[i] with S_n[i] has no counterpart in
+    the target, so these entries are left out of `illumination`, and D(T_d, T_n) out of `js`. js=False: the
+    last part is not computed.
     """
-    s_d, s_n, t_d, t_n = e_source_day, e_source_night, e_target_day, e_target_night
-    _same_shape(e_source_day=s_d, e_source_night=s_n, e_target_day=t_d, e_target_night=t_n)
-    inherent = F.mse_loss(correlation(s_d, t_d), correlation(s_n, t_n))  # Cor_in_d with Cor_in_n
-    illumination = F.mse_loss(correlation(s_d, s_n), correlation(t_d, t_n))  # Cor_illu_S with Cor_illu_T
-    loss = inherent + illumination
-    if js_weight:
-        js = js_divergence(s_d, s_n) - js_divergence(s_d, t_n) - js_divergence(s_n, t_d)
-        if target_paired:
-            js = js + js_divergence(t_d, t_n)
-        loss = loss + js_weight * js
-    return loss
+    s_d, s_n, t_d, t_n = _checked(
+        "(B, D)", e_source_day=e_source_day, e_source_night=e_source_night,
+        e_target_day=e_target_day, e_target_night=e_target_night,
+    )  # fmt: skip
+    inherent = F.mse_loss(correlation(s_d, t_d), correlation(s_n, t_n))
+    illumination = _distance(correlation(s_d, s_n), correlation(t_d, t_n), target_paired)
+    terms = {"inherent": inherent, "illumination": illumination}
+    if js:
+        terms["js"] = js_divergence(s_d, s_n) - js_divergence(s_d, t_n) - js_divergence(s_n, t_d)
+        terms["js"] = terms["js"] + (js_divergence(t_d, t_n) if target_paired else 0)
+    return terms
 
 
-@full_precision
-def style_distill(f_source_day, f_source_night, f_target_day, f_target_night):
+def content_distill(
+    e_source_day, e_source_night, e_target_day, e_target_night, js_weight=0.1, target_paired=True
+):
+    """L_CDC, cross-domain content distillation: inherent + illumination + js_weight * js of `content_terms`.
+
+    Four embeddings (B, D) of one shape; pool feature maps first, for example features.mean((2, 3)). Returns a
+    scalar, which may be negative, since js subtracts two divergences.
+    """
+    embeddings = e_source_day, e_source_night, e_target_day, e_target_night
+    terms = content_terms(*embeddings, target_paired, js=js_weight != 0)
+    return terms["inherent"] + terms["illumination"] + js_weight * terms.get("js", 0)
+
+
+def style_distill(f_source_day, f_source_night, f_target_day, f_target_night, target_paired=True):
     """L_CDS, cross-domain style distillation: mse(Cor(G_Sd, G_Sn), Cor(G_Td, G_Tn)), G the Gram matrix of F.
 
-    Four feature maps (B, C, H, W) with the same B and C; H and W may differ between domains. Returns a
-    scalar. Raises ValueError, naming the shapes, if batch or channels differ.
+    Four feature maps (B, C, H, W) of one B and C; H and W may differ between domains. target_paired=False
+    leaves out S_d[i] with S_n[i], as in `content_terms`. Returns a scalar.
     """
-    s_d, s_n, t_d, t_n = f_source_day, f_source_night, f_target_day, f_target_night
-    _same_shape(dims=2, f_source_day=s_d, f_source_night=s_n, f_target_day=t_d, f_target_night=t_n)
-    s_d, s_n, t_d, t_n = map(_scaled, (s_d, s_n, t_d, t_n))
-    return F.mse_loss(_style_correlation(s_d, s_n), _style_correlation(t_d, t_n))
+    s_d, s_n, t_d, t_n = _checked(
+        "(B, C, H, W)", 2, f_source_day=f_source_day, f_source_night=f_source_night,
+        f_target_day=f_target_day, f_target_night=f_target_night,
+    )  # fmt: skip
+    source, target = correlation(gram(s_d), gram(s_n)), correlation(gram(t_d), gram(t_n))
+    return _distance(source, target, target_paired)
 
 
-def _style_correlation(a, b):
-    """Cor(G_a, G_b) of features (B, C, H, W), in the cheaper of two equal forms.
-
-    2B Gram matrices take 4B C^2 HW operations and 2B C^2 values. As <G_i, G_j> = |F_i^T F_j|^2, products of
-    positions give the same from 8B^2 C (HW)^2 operations and 4B^2 (HW)^2 values: less where 2B HW < C.
-    """
-    n, channels, positions = 2 * len(a), a.shape[1], a.shape[2] * a.shape[3]
-    if a.shape == b.shape and n * positions < channels:
-        f = torch.cat([a, b]).flatten(2).transpose(0, 1).flatten(1)  # (C, 2B HW)
-        products = (f.T @ f).square().view(n, positions, n, positions).sum((1, 3))
-    else:
-        g = torch.cat([gram(a), gram(b)]).flatten(1)
-        products = g @ g.T
-    square = products.diag()
-    inverse = torch.where(square == 0, 0, square.masked_fill(square == 0, 1).rsqrt())
-    return products * inverse[:, None] * inverse
-
-
-def segmentation_loss(logits, labels, ignore_index=255):
+def segmentation_loss(logits, labels, weights=None, ignore_index=255):
     """Cross-entropy, mean over the pixels whose label is not `ignore_index`; 0 where there is none (not nan).
-
-    logits: (B, K, H, W). labels: (B, H, W) int64 in 0..K-1 or `ignore_index`. Returns a scalar.
-    """
+    logits: (B, K, H, W). labels: (B, H, W) int64 in 0..K-1 or `ignore_index`. weights: of each pixel's loss,
+    (B, H, W). Returns a scalar."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
-    return total / (labels != ignore_index).sum().clamp(min=1)
+    pixels = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
+    pixels = pixels if weights is None else pixels * weights
+    return pixels.sum() / (labels != ignore_index).sum().clamp(min=1)
 
 
-@torch.no_grad()
-@full_precision
 def pseudo_labels(night_logits, day_logits=None, threshold=0.9, num_static=11, ignore_index=255):
     """Confident predictions as labels (the figure's L_pseudo; how they are chosen is our reading).
 
-    night_logits, day_logits: (B, K, H, W). Returns (B, H, W) int64: the most probable class where its softmax
-    reaches `threshold`, `ignore_index` elsewhere. With day logits of the same place, the mean of both
-    softmaxes speaks for the static classes (below `num_static`), as in DANNet (CVPR 2021); the others, which
-    move, keep the night's alone. Raises ValueError, naming the shapes, if they differ.
+    night_logits, day_logits: (B, K, H, W). Returns (B, H, W) int64: the class of `most_probable` where its
+    probability reaches `threshold`, `ignore_index` elsewhere.
     """
-    probabilities = night_logits.softmax(1)
-    if day_logits is not None:
-        _same_shape(night_logits=night_logits, day_logits=day_logits)
-        static = (probabilities[:, :num_static] + day_logits.softmax(1)[:, :num_static]) / 2
-        probabilities = torch.cat([static, probabilities[:, num_static:]], 1)
-    confidence, labels = probabilities.max(1)
-    return labels.masked_fill(~(confidence >= threshold), ignore_index)
+    probability, classes = most_probable(night_logits, day_logits, num_static)
+    return classes.masked_fill(~(probability >= threshold), ignore_index)
+
+
+@torch.no_grad()
+def most_probable(night_logits, day_logits=None, num_static=11):
+    """(probability, class), each (B, H, W), of the most probable class at night. Logits (B, K, H, W).
+
+    With day logits of the same place, and where the night's most probable class is static (below
+    `num_static`), the static classes are judged by the mean of both softmaxes, as in DANNet (CVPR 2021).
+    Where the night sees something that moves, the day is not asked: a pedestrian must not become the pavement
+    of the day frame.
+    """
+    given = {"night_logits": night_logits} | ({} if day_logits is None else {"day_logits": day_logits})
+    night, *day = (logits.softmax(1) for logits in _checked("(B, K, H, W)", **given))
+    probability, classes = night.max(1)
+    if day:
+        mean_probability, mean_classes = ((night + day[0]) / 2)[:, :num_static].max(1)
+        static = classes < num_static
+        probability = torch.where(static, mean_probability, probability)
+        classes = torch.where(static, mean_classes, classes)
+    return probability, classes
+
+
+def _distance(source, target, target_paired):
+    """mse of two graphs (2B, 2B); with unpaired targets without the entries of sample i with sample B + i."""
+    if not target_paired:
+        index = torch.arange(len(source), device=source.device)
+        kept = (index[:, None] - index).abs() != len(source) // 2
+        source, target = source[kept], target[kept]
+    return F.mse_loss(source, target)
+
+
+def _product(a, b):
+    """a @ b; under autocast the product of two float32 matrices would be a bfloat16 one."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
+def _checked(layout, agree=None, **tensors):
+    """The tensors in at least float32, if they have the layout and agree in the first `agree` dimensions
+    (None: in all)."""
+    for name, x in tensors.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch tensor {layout}, got {type(x).__name__}")
+        dims = layout.count(",") + 1
+        if (x.ndim < dims if "..." in layout else x.ndim != dims) or not x.numel():
+            raise ValueError(f"{name}: expected {layout} with at least one value, got {tuple(x.shape)}")
+        if x.is_meta or x.is_complex():
+            raise ValueError(f"{name}: expected real values, got {x.dtype} on the device {x.device}")
+    if len({x.shape[:agree] for x in tensors.values()}) > 1:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
+        raise ValueError(f"{'batch and channels' if agree else 'shapes'} must agree: {shapes}")
+    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors.values()]
