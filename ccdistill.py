@@ -1,9 +1,12 @@
 """CCDistill (Gao, Guo, Wang, Zhang, CVPR 2022, arXiv 2205.00858): the framework figure, in code order.
 
-method = CCDistill(DeepLab("resnet18"))
-losses = method({"source_day": ..., "source_label": ..., "target_day": ..., "target_night": ...})
-losses["total"].backward()
-features, logits = method.night(images)  # M_n, the one that is used at test time
+    method = CCDistill(DeepLab("resnet18", weights="imagenet"))
+    losses = method({"source_day": ..., "source_label": ..., "target_day": ..., "target_night": ...})
+    losses["total"].backward()
+    features, logits = method.night.eval()(images)      M_n, the one that is used at test time
+
+Any network will do instead of DeepLab, see `CCDistill`. Domains: source_day (S_d), source_night (S_n),
+target_day (T_d), target_night (T_n).
 """
 
 import copy
@@ -11,44 +14,209 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.transforms import v2
 
-from losses import content_distill, pseudo_labels, segmentation_loss, style_distill
-from models import ProjectionHead, apart
+from losses import content_terms, most_probable, pseudo_labels, segmentation_loss, style_distill
+from models import ProjectionHead, domains_apart, with_domain_norms
 
 NIGHT_STYLES = ("fda", "color", "histogram", "random")
 NIGHT_WEIGHTS = ("shared", "norm", "separate")
-BATCH_NORMS = ("joint", "domain")
-STRENGTH = {"fda": 0.01}  # of the others: 1
+BATCH_NORMS = ("domain", "joint")
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+STRONG = v2.Compose(
+    [v2.ColorJitter(0.4, 0.4, 0.4, 0.1), v2.RandomApply([v2.GaussianBlur(7, (0.15, 1.15))], p=0.5)]
+)
+
+
+class CCDistill(nn.Module):
+    """The whole training objective around a segmenter.
+
+    model: M_d. Called with images (B, 3, H, W) float RGB in [0, 1], it returns (features, logits): F (B, C,
+    h, w), what its classifier sees, and P (B, K, H, W), at the labels' size; `model.feature_channels` is C.
+    `day` is M_d, `night` is M_n (see `night_model`), `projection` is Proj (None: e is the average of F over
+    positions). The weights scale the terms of
+        total = seg_day + seg_night + pseudo_weight * pseudo + content_weight * CDC + style_weight * CDS
+    and a term whose weight is 0 is not computed. target_paired: T_d and T_n of a sample show one place.
+    batch_norm: S and T of one pass share their batch statistics ("joint", the figure's), or each has its own
+    and the source's are kept for use ("domain", ours: the model's BatchNorm2d become `models.DomainNorm`).
+
+    mix (ours, see `lesson`): the targets learn from averaged copies of M_d and M_n, see strong colours and
+    blur, and T_n carries objects of S_n. Without it they learn from the networks' own confident predictions
+    (softmax of `pseudo_threshold`) on the images as they are, as the figure shows.
+    """
+
+    def __init__(self, model, night_weights="norm", batch_norm="domain", night_style="random",
+                 night_strength=None, projection=True, embedding_dim=128, content_weight=1.0,
+                 style_weight=1.0, js_weight=0.1, pseudo_weight=1.0, pseudo_threshold=0.9,
+                 target_paired=True, mix=True):  # fmt: skip
+        super().__init__()
+        if batch_norm not in BATCH_NORMS:
+            raise ValueError(f"batch norm must be one of {BATCH_NORMS}, got {batch_norm!r}")
+        if batch_norm == "domain":
+            with_domain_norms(model)
+        self.day, self.night = model, night_model(model, night_weights)
+        self.projection = ProjectionHead(model.feature_channels, embedding_dim) if projection else None
+        self.night_weights, self.target_paired = night_weights, target_paired
+        self.night_style, self.night_strength = night_style, night_strength
+        self.content_weight, self.style_weight, self.js_weight = content_weight, style_weight, js_weight
+        self.pseudo_weight, self.pseudo_threshold = pseudo_weight, pseudo_threshold
+        self.day_teacher = self.night_teacher = None
+        if mix and pseudo_weight:
+            self.day_teacher, self.night_teacher = averaged(self.day), averaged(self.night)
+
+    def forward(self, batch, adapt=True):
+        """batch: source_day, target_day, target_night, each (B, 3, H, W) float RGB in [0, 1], source_label
+        (B, H, W) int64, and source_night if it is ready-made. Returns a dict of scalars: seg_day, seg_night,
+        pseudo, content and style, unweighted; inherent, illumination and js, the parts of content; total.
+
+        adapt=False: the targets stay out (T_n lends its style only), and their terms do not exist.
+        """
+        s_d, label, s_n = batch["source_day"], batch["source_label"], batch.get("source_night")
+        if s_n is None:  # Trans
+            s_n = night_style(s_d, batch["target_night"], self.night_style, self.night_strength)
+        if adapt:
+            t_d, t_n, lesson = batch["target_day"], batch["target_night"], None
+            if self.night_teacher:
+                t_d, t_n, lesson = self.lesson(s_n, label, t_d, t_n)
+            (f_sd, p_sd), (f_td, p_td) = features_and_logits(self.day, s_d, t_d)
+            (f_sn, p_sn), (f_tn, p_tn) = features_and_logits(self.night, s_n, t_n)
+        else:
+            ((f_sd, p_sd),) = features_and_logits(self.day, s_d)
+            ((f_sn, p_sn),) = features_and_logits(self.night, s_n)
+
+        terms, parts = {}, {}
+        terms["seg_day"], terms["seg_night"] = (segmentation_loss(p, label) for p in (p_sd, p_sn))
+        if adapt and self.pseudo_weight:
+            (y_td, w_td), (y_tn, w_tn) = lesson or self.plain_lesson(p_td, p_tn)
+            terms["pseudo"] = segmentation_loss(p_td, y_td, w_td) + segmentation_loss(p_tn, y_tn, w_tn)
+        if adapt and self.content_weight:
+            e = [self.embed(f) for f in (f_sd, f_sn, f_td, f_tn)]
+            parts = content_terms(*e, self.target_paired, js=self.js_weight > 0)
+            terms["content"] = parts["inherent"] + parts["illumination"] + self.js_weight * parts.get("js", 0)
+        if adapt and self.style_weight:
+            terms["style"] = style_distill(f_sd, f_sn, f_td, f_tn, self.target_paired)
+        # seg_day and seg_night, and any term that you add above, have weight 1.
+        total = sum(getattr(self, f"{name}_weight", 1.0) * term for name, term in terms.items())
+        return terms | parts | {"total": total}
+
+    def embed(self, features):
+        """F (B, C, h, w) -> e (B, D)."""
+        return features.mean((2, 3)) if self.projection is None else self.projection(features)
+
+    def plain_lesson(self, p_td, p_tn):
+        """[(labels, None)] of T_d and T_n, (B, H, W): own confident predictions, logits (B, K, H, W)."""
+        night = pseudo_labels(p_tn, p_td if self.target_paired else None, self.pseudo_threshold)
+        return [(pseudo_labels(p_td, threshold=self.pseudo_threshold), None), (night, None)]
+
+    @torch.no_grad()
+    def lesson(self, s_n, label, t_d, t_n):
+        """What the targets learn, ours: (T_d, T_n, [(labels, weights)] of both, (B, H, W)).
+
+        Averaged copies of M_d and M_n label the plain images (mean teacher; Tarvainen & Valpola, 2017), and
+        the share of confident pixels weighs an image's loss (DAFormer; Hoyer et al., CVPR 2022). Then half of
+        the classes of S_n are pasted into T_n with their labels (DACS; Tranheden et al., WACV 2021), and both
+        images get strong colours and blur.
+        """
+        for teacher, student in {self.day_teacher: self.day, self.night_teacher: self.night}.items():
+            if self.training:
+                teacher.update_parameters(student)
+        p_td, p_tn = self.day_teacher.eval()(t_d)[1], self.night_teacher.eval()(t_n)[1]
+        c_td, y_td = most_probable(p_td)
+        c_tn, y_tn = most_probable(p_tn, p_td if self.target_paired else None)
+        confident = [(c >= self.pseudo_threshold).float() for c in (c_td, c_tn)]
+        w_td, w_tn = (c.mean((1, 2), keepdim=True).expand_as(c) for c in confident)
+        paste = torch.rand(len(label), 256, device=label.device) < 0.5
+        paste = paste.gather(1, label.flatten(1)).view_as(label) & (label != 255)
+        y_tn, w_tn = torch.where(paste, label, y_tn), torch.where(paste, 1.0, w_tn)
+        with torch.autocast(t_n.device.type, enabled=False):
+            t_n = torch.where(paste[:, None], s_n, t_n)
+            t_d, t_n = (torch.stack([STRONG(image) for image in images]) for images in (t_d, t_n))
+        return t_d, t_n, [(y_td, w_td), (y_tn, w_tn)]
+
+    def _apply(self, fn, recurse=True):  # .to(), .to_empty() and the like may replace parameters
+        super()._apply(fn, recurse)
+        share_all_but_norms(self.day, self.night, self.night_weights)
+        return self
+
+    def load_state_dict(self, *args, **kwargs):
+        result = super().load_state_dict(*args, **kwargs)
+        share_all_but_norms(self.day, self.night, self.night_weights)  # assign=True replaces parameters
+        return result
+
+
+def averaged(network):
+    """A copy whose weights follow the network's, by 1 % a step; its statistics are the network's."""
+    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.99)).requires_grad_(False)
+
+
+def features_and_logits(network, *domains):
+    """[(F, P)] of each domain; all are one batch, as the figure draws S_d and T_d through M_d."""
+    with domains_apart(network, len(domains)):
+        output = network(torch.cat(domains))
+    if not (isinstance(output, tuple | list) and len(output) == 2 and output[0].ndim == output[1].ndim == 4):
+        raise TypeError("the model must return (features (B, C, h, w), logits (B, K, H, W))")
+    sizes = [len(domain) for domain in domains]
+    return list(zip(*(maps.split(sizes) for maps in output), strict=True))
+
+
+def night_model(day, night_weights):
+    """M_n for a given M_d. "shared": the same module; "norm": the weights are M_d's, only normalisation
+    layers (their statistics, scale and shift) are M_n's own; "separate": a copy of everything. The figure
+    does not say which. Raises ValueError."""
+    if night_weights not in NIGHT_WEIGHTS:
+        raise ValueError(f"night weights must be one of {NIGHT_WEIGHTS}, got {night_weights!r}")
+    if night_weights == "shared":
+        return day
+    try:
+        night = copy.deepcopy(day)
+    except RuntimeError as error:  # a weight that hooks compute, as the old spectral_norm's
+        way_out = "use torch.nn.utils.parametrizations, or night weights 'shared'"
+        raise ValueError(f"this model cannot be copied for M_n ({error}); {way_out}") from None
+    share_all_but_norms(day, night, night_weights)
+    return night
+
+
+def share_all_but_norms(day, night, night_weights):
+    """Where only norms are M_n's own, make all its other parameters those of M_d."""
+    for mine, theirs in zip(night.modules(), day.modules(), strict=True) if night_weights == "norm" else ():
+        if not isinstance(mine, NORMS):
+            mine._parameters.update(theirs._parameters)
+
+
+# ---- Trans: S_d in the light of T_n ------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def night_style(day, night, method="random", strength=None):
-    """The figure's "Trans": the light of `night` on the content of `day`; no trained network (our choice).
+    """The light of `night` on the content of `day`, without a trained network (our choice).
 
     fda: the lowest spatial frequencies take the night's amplitude and keep their phase (Yang & Soatto, CVPR
     2020); strength is the paper's beta, the half-width of the exchanged window as a share of the shorter
-    side. color: each RGB channel takes the night's mean and standard deviation (after Reinhard et al., 2001,
-    who did it in another colour space). histogram: each channel takes the night's whole histogram. random:
-    one of the last two, drawn for each image. Their strength blends from 0 (day) to 1. day: (B, 3, H, W),
-    night: (B or 1, 3, any, any), float RGB in [0, 1]. Returns (B, 3, H, W) float32 in [0, 1]. Raises
-    ValueError on an unknown method or shapes that do not match.
+    side, 0.01 if not given. color: each RGB channel takes the night's mean and standard deviation (after
+    Reinhard et al., 2001, who did it in another colour space). histogram: each channel takes the night's
+    whole histogram. random: one of the last two, drawn for each image. Their strength blends from 0 (day) to
+    1, the default. day: (B, 3, H, W), night: (B or 1, 3, any, any), float RGB in [0, 1]. Returns (B, 3, H, W)
+    float32 in [0, 1]. Raises ValueError on an unknown method, other shapes or other values.
     """
     if method not in NIGHT_STYLES:
         raise ValueError(f"night style must be one of {NIGHT_STYLES}, got {method!r}")
     if {day.ndim, night.ndim} != {4} or day.shape[1] != 3 or night.shape[:2] not in {day.shape[:2], (1, 3)}:
         shapes = f"day {tuple(day.shape)}, night {tuple(night.shape)}"
         raise ValueError(f"expected (B, 3, H, W) twice, got {shapes}")
-    strength = STRENGTH.get(method, 1.0) if strength is None else strength
     with torch.autocast(day.device.type, enabled=False):
         day, night = day.float(), night.float()
+        low, high = torch.stack([*day.aminmax(), *night.aminmax()]).aminmax()
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"expected RGB in [0, 1], not normalised, got {low:.3g} to {high:.3g}")
         if method == "fda":
-            return _low_frequencies(day, night, strength).clamp(0, 1)
+            return _low_frequencies(day, night, 0.01 if strength is None else strength).clamp(0, 1)
         if method == "random":
             coin = torch.rand(len(day), 1, 1, 1, device=day.device) < 0.5
             styled = torch.where(coin, _colors(day, night), _histograms(day, night))
         else:
             styled = (_colors if method == "color" else _histograms)(day, night)
-        return torch.lerp(day, styled, strength).clamp(0, 1)
+        return torch.lerp(day, styled, 1.0 if strength is None else strength).clamp(0, 1)
 
 
 def _low_frequencies(day, night, beta):
@@ -79,115 +247,3 @@ def _histograms(day, night):
     _, night_ranks = levels_and_ranks(night.expand(len(day), -1, -1, -1))
     table = torch.searchsorted(night_ranks, ranks).clamp(max=255) / 255
     return table.gather(1, levels).view_as(day)
-
-
-def night_model(day, night_weights):
-    """M_n for a given M_d. "shared": the same module; "norm": convolutions are M_d's, normalisation layers
-    (statistics, scale and shift) a copy; "separate": a copy of everything. The figure does not say which."""
-    if night_weights not in NIGHT_WEIGHTS:
-        raise ValueError(f"night weights must be one of {NIGHT_WEIGHTS}, got {night_weights!r}")
-    if night_weights == "shared":
-        return day
-    night = copy.deepcopy(day)
-    if night_weights == "norm":
-        for mine, theirs in zip(night.modules(), day.modules(), strict=True):
-            if not isinstance(mine, nn.modules.batchnorm._BatchNorm):
-                for name, parameter in theirs.named_parameters(recurse=False):
-                    setattr(mine, name, parameter)
-    return night
-
-
-class CCDistill(nn.Module):
-    """The whole training objective. `day` is M_d, `night` is M_n (see `night_model`), `projection` is Proj.
-    In training call `networks`, not `day` or `night`: a batch is taken apart as the last call said.
-
-    model: a DeepLab. The weights scale the terms of
-        total = seg(S_d) + seg(S_n) + pseudo_weight * pseudo + content_weight * CDC + style_weight * CDS
-    and a term whose weight is 0 is not computed. projection=False: e is the globally average-pooled F.
-    batch_norm: in training, batch statistics are those of S and T together ("joint", the figure's: two days,
-    or two nights, are one batch), or of each domain alone, the source's being kept for use ("domain", ours).
-    target_paired: T_d and T_n of a sample show the same place.
-    """
-
-    def __init__(self, model, night_weights="norm", batch_norm="domain", night_style="random",
-                 night_strength=None, projection=True, embedding_dim=128, content_weight=1.0, style_weight=1.0,
-                 js_weight=0.1, pseudo_weight=0.25, pseudo_threshold=0.6, target_paired=True):  # fmt: skip
-        super().__init__()
-        self.day = model
-        self.night = night_model(model, night_weights)
-        if batch_norm not in BATCH_NORMS:
-            raise ValueError(f"batch norm must be one of {BATCH_NORMS}, got {batch_norm!r}")
-        self.night_weights, self.batch_norm = night_weights, batch_norm
-        self.projection = ProjectionHead(model.feature_channels, embedding_dim) if projection else None
-        self.night_style, self.night_strength = night_style, night_strength
-        self.content_weight, self.style_weight, self.js_weight = content_weight, style_weight, js_weight
-        self.pseudo_weight, self.pseudo_threshold = pseudo_weight, pseudo_threshold
-        self.target_paired = target_paired
-        # "target": everything. "source": S_d and S_n alone, the warm-up of train.py (ours). "day": S_d alone,
-        # the baseline.
-        self.stage = "target"
-
-    def embed(self, features):
-        """F (B, C, h, w) -> e (B, D)."""
-        return features.mean((2, 3)) if self.projection is None else self.projection(features)
-
-    def networks(self, days, nights):
-        """[(F, P)] of M_d on each batch of days and of M_n on each of nights, in one pass where they share
-        their convolutions."""
-        runs = [(self.day, days), (self.night, nights)] if nights else [(self.day, days)]
-        found = []
-        for run in [[run] for run in runs] if self.night_weights == "separate" else [runs]:
-            images = [batch for _, batches in run for batch in batches]
-            parts = [(net, batches, True) for net, batches in run]
-            if self.batch_norm == "domain":  # the source, which has the labels, comes first
-                parts = [(net, [b], b is batches[0]) for net, batches in run for b in batches]
-            networks, batches, noted = zip(*parts, strict=True)
-            apart(networks, [sum(map(len, part)) for part in batches], noted)
-            sizes = [len(batch) for batch in images]
-            maps = (values.split(sizes) for values in run[0][0](torch.cat(images)))  # F and P of all
-            found += zip(*maps, strict=True)
-        return found
-
-    def forward(self, batch):
-        """batch: source_day, target_day, target_night, optionally source_night, each (B, 3, H, W) float RGB
-        in [0, 1], and source_label (B, H, W) int64. Returns scalars: seg_day, seg_night, pseudo, content,
-        style (unweighted) and total."""
-        source_day, label = batch["source_day"], batch["source_label"]
-        if self.stage == "day":
-            ((_, p_sd),) = self.networks([source_day], [])
-            loss = segmentation_loss(p_sd, label)
-            return {"seg_day": loss, "total": loss}
-        target_day, target_night = batch["target_day"], batch["target_night"]
-        source_night = batch.get("source_night")
-        if source_night is None:
-            source_night = night_style(source_day, target_night, self.night_style, self.night_strength)
-
-        losses = dict.fromkeys(("pseudo", "content", "style"), label.new_zeros((), dtype=torch.float32))
-        if self.stage == "source":
-            (_, p_sd), (_, p_sn) = self.networks([source_day], [source_night])
-        else:
-            maps = self.networks([source_day, target_day], [source_night, target_night])
-            (f_sd, p_sd), (f_td, p_td), (f_sn, p_sn), (f_tn, p_tn) = maps
-            if self.pseudo_weight:
-                losses["pseudo"] = self.pseudo(p_td, p_tn)
-            if self.content_weight:
-                embeddings = [self.embed(f) for f in (f_sd, f_sn, f_td, f_tn)]
-                losses["content"] = content_distill(*embeddings, self.js_weight, self.target_paired)
-            if self.style_weight:
-                losses["style"] = style_distill(f_sd, f_sn, f_td, f_tn)
-        losses["seg_day"], losses["seg_night"] = (segmentation_loss(p, label) for p in (p_sd, p_sn))
-        losses["total"] = (
-            losses["seg_day"]
-            + losses["seg_night"]
-            + self.pseudo_weight * losses["pseudo"]
-            + self.content_weight * losses["content"]
-            + self.style_weight * losses["style"]
-        )
-        return losses
-
-    def pseudo(self, p_td, p_tn):
-        """L_pseudo: the targets learn from their own confident predictions; with paired targets the day has
-        its say in the night's static classes. Logits (B, K, H, W). Returns a scalar."""
-        day = pseudo_labels(p_td, threshold=self.pseudo_threshold)
-        night = pseudo_labels(p_tn, p_td if self.target_paired else None, threshold=self.pseudo_threshold)
-        return segmentation_loss(p_td, day) + segmentation_loss(p_tn, night)
