@@ -74,8 +74,8 @@ def samples(layout, root, split="val", labels="labelTrainIds"):
     reference = split.endswith("_ref")
     if reference:
         folder, ending = folder.replace("{}/night", "{}/day"), TARGETS.get(layout, (ending,))[-1]
-    images = _files(_folder(root, folder.format(split)), ending)
-    gt = None if reference else _folder(root, gt_folder.format(split), must_exist=False)
+    images = _files(find_folder(root, folder.format(split)), ending)
+    gt = None if reference else find_folder(root, gt_folder.format(split), must_exist=False)
     if gt is None:
         return [Sample(image) for image in images.values()]
     stored = {}
@@ -95,7 +95,7 @@ def targets(layout, root, pairs="corresp"):
     all nights, unrelated. Raises DataError.
     """
     *places, ending = TARGETS[layout]
-    day_folder, night_folder = (_folder(root, place) for place in places)
+    day_folder, night_folder = (find_folder(root, place) for place in places)
     days, nights = _files(day_folder, ending), _files(night_folder, "_rgb_anon.png")
     if pairs == "none":
         return list(days.values()), list(nights.values())
@@ -105,7 +105,7 @@ def targets(layout, root, pairs="corresp"):
         return [days[name] for name in nights], list(nights.values())
     tables = [Path(pairs)]
     if pairs == "corresp":
-        folder = _folder(root, "corresp/train/night", must_exist=False)
+        folder = find_folder(root, "corresp/train/night", must_exist=False)
         tables = list(_files(folder, "_ref_day.csv", must_exist=False).values()) if folder else []
         if not tables:
             missing = f"{Path(root, 'corresp/train/night')}: no *_ref_day.csv there"
@@ -135,6 +135,10 @@ def _read_pairs(table, known, images):
             raise DataError(f"{table}: line {number} is not NIGHT,DAY but {','.join(row)!r}")
         if stems[0].startswith("train/day/") and stems[1].startswith("train/night/"):
             stems.reverse()  # a list with the days first
+        if not (stems[0].startswith("train/night/") and stems[1].startswith("train/day/")):
+            raise DataError(
+                f"{table}: line {number} is not train/night/...,train/day/... but {','.join(row)!r}"
+            )
         if missing := [stem for stem in stems if stem not in known]:
             raise DataError(f"{table}: line {number}: no file {missing[0]}_rgb_anon.png in {images}")
         yield known[stems[0]], known[stems[1]]
@@ -142,7 +146,7 @@ def _read_pairs(table, known, images):
 
 def synthetic_nights(root, source):
     """Paths of ready-made S_n for the `source` samples: leftImg8bit's tree and names, under `root`."""
-    base = _folder(root, "leftImg8bit", must_exist=False) or Path(root)
+    base = find_folder(root, "leftImg8bit", must_exist=False) or Path(root)
     return [base.joinpath(*sample.image.parts[-3:]) for sample in source]
 
 
@@ -166,9 +170,9 @@ def describe(found, root):
     return f"{len(found)} images, {kind}, in {root}"
 
 
-def check_sizes(groups, crop=None):
-    """Read every image header once; print how far it is. groups: tuples of paths of images that must be of
-    one size. crop: (H, W) that must fit in. Raises DataError."""
+def check_sizes(groups, crop=None, say=print):
+    """Read every image header once; say how far it is. groups: tuples of paths of images that must be of one
+    size. crop: (H, W) that must fit in. Raises DataError."""
     sizes, told = {}, time.monotonic()
     for number, group in enumerate(groups, 1):
         for path in group:
@@ -181,7 +185,7 @@ def check_sizes(groups, crop=None):
             raise DataError(f"{group[0]}: {small}; give a smaller one")
         if time.monotonic() - told > 3:
             told = time.monotonic()
-            print(f"reading image headers: {number} of {len(groups)}", flush=True)
+            say(f"reading image headers: {number} of {len(groups)}")
 
 
 def label_warning(found):
@@ -201,7 +205,7 @@ def label_warning(found):
     return f"{what} named labelIds hold no value above 18: trainIds? Then name them _labelTrainIds.png"
 
 
-def _folder(root, name, must_exist=True):
+def find_folder(root, name, must_exist=True):
     """ROOT/name, or the one ROOT/*/name there is (zips unpacked side by side); None if there is none and it
     need not exist. Raises DataError."""
     root = Path(root)

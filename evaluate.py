@@ -335,7 +335,7 @@ def run(args):
     check_outputs(args, found)
     model, description = load_model(args.checkpoint, args.model, args.device, args.input_format)
     if not args.images:
-        datasets.check_sizes([[path for path in sample if path] for sample in found])
+        datasets.check_sizes([[path for path in sample if path] for sample in found], say=say)
         if found[0].label and (warning := datasets.label_warning(found)):
             say(warning)
     began, told, done = time.monotonic(), time.monotonic(), []

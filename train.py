@@ -219,10 +219,8 @@ def load_data(args):
         synthetic = datasets.synthetic_nights(args.synthetic_night, source) if args.synthetic_night else []
     if root and not Path(root).is_dir():
         raise datasets.DataError(f"{root}: no such folder")
-    with contextlib.suppress(datasets.DataError):
-        validation = (
-            [s for s in datasets.samples(layout, root, labels=args.labels) if s.label] if root else []
-        )
+    if root and datasets.find_folder(root, datasets.LAYOUTS[layout][2].format("val"), must_exist=False):
+        validation = datasets.samples(layout, root, labels=args.labels)
     none = "none, the target has no labelled nights (gt/, val); no best.pt"
     say(f"validation: {datasets.describe(validation, root) if validation else none}")
     pairs = [*zip(nights, days, strict=True)] if args.pairs != "none" else [(path,) for path in nights + days]
@@ -230,8 +228,8 @@ def load_data(args):
     problem = None
     try:
         if ranks()[0] == 0:  # every header is read once, by one process
-            datasets.check_sizes(groups, args.crop)
-            datasets.check_sizes(validation)
+            datasets.check_sizes(groups, args.crop, say)
+            datasets.check_sizes(validation, say=say)
             for found in filter(None, (source, validation)):
                 if warning := datasets.label_warning(found):
                     say(warning)
@@ -326,11 +324,20 @@ def begin(method, optimizer, state, validation, args):
         with evaluate.damage_told(state["path"]):
             if args.day_only:
                 weights = {k.removeprefix("night."): v for k, v in weights.items() if k.startswith("night.")}
-            method.load_state_dict(weights)
-            decay = [group["weight_decay"] for group in optimizer.param_groups]
-            optimizer.load_state_dict(state["optimizer"])
-            for group, value in zip(optimizer.param_groups, decay, strict=True):
-                group["weight_decay"] = value
+            # Another recipe may have no projection head or teachers, or have them where that one had none.
+            own = method.state_dict() if args.init_from else weights
+            fits = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
+            method.load_state_dict(fits, strict=not args.init_from)
+            same = (
+                state["args"]["optimizer"] == args.optimizer and weights.keys() == own.keys() == fits.keys()
+            )
+            if args.resume or same:
+                decay = [group["weight_decay"] for group in optimizer.param_groups]
+                optimizer.load_state_dict(state["optimizer"])
+                for group, value in zip(optimizer.param_groups, decay, strict=True):
+                    group["weight_decay"] = value
+            else:
+                say("the optimizer begins anew: other parameters learn here")
         say(f"{'resumed' if args.resume else 'begun'} at step {start} of {state['path']}")
     if ranks()[0] == 0:
         (out / "args.json").write_text(json.dumps(vars(args), indent=1))
@@ -353,9 +360,12 @@ def log_rows(path):
 
 def write_log(path, rows):
     names = list(dict.fromkeys(["step", *(name for row in rows for name in row)]))
-    lines = [names, *([str(row.get(name, "")) for name in names] for row in rows)]
-    text = "".join(",".join(line) + "\n" for line in lines)
+    text = "".join(",".join(line) + "\n" for line in [names, *(cells(row, names) for row in rows)])
     datasets.write_whole(path, lambda file: file.write(text.encode()))
+
+
+def cells(row, names):
+    return ["" if row.get(name) is None else str(row[name]) for name in names]
 
 
 def write_row(path, row):
@@ -364,7 +374,7 @@ def write_row(path, row):
         names = file.readline().strip().split(",")
         if {*row} <= {*names}:
             file.seek(0, os.SEEK_END)
-            file.write(",".join(str(row.get(name, "")) for name in names) + "\n")
+            file.write(",".join(cells(row, names)) + "\n")
             return
     write_log(path, [*log_rows(path), row])
 
@@ -504,11 +514,11 @@ def parse_args(argv):
     args.processes = int(world)
     if args.processes > 1 and args.device == "cuda":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    args.lr = args.lr or LR[args.optimizer]
+    args.amp = args.amp or ("bf16" if args.device.startswith("cuda") else "off")
     if args.resume or args.init_from:
         args, state = going_on(args, given)
     args.crop, args.scale = tuple(args.crop), tuple(args.scale)
-    args.lr = args.lr or LR[args.optimizer]
-    args.amp = args.amp or ("bf16" if args.device.startswith("cuda") else "off")
     if problem := contradiction(args):
         parser.error(problem)
     return args, state
@@ -533,9 +543,10 @@ def going_on(args, given):
         way_out = "leave it out, or begin another run from there: --init-from FILE --out NEW"
         raise ValueError(f"{path}: another run: {changes}; {way_out}")
     if args.resume:
-        return argparse.Namespace(**vars(args) | state["args"] | given | {"out": args.out}), state
-    if args.steps <= state["step"]:
-        raise ValueError(f"{path}: is at step {state['step']}, --steps {args.steps} must be more")
+        here = {"out": args.out, "device": args.device}
+        return argparse.Namespace(**vars(args) | state["args"] | given | here), state
+    if args.steps <= state["step"] or {"backbone", "output_stride", "head"} & {*differ}:
+        raise ValueError(f"{path}: is at step {state['step']}: more --steps and the same network are needed")
     say(f"differs from {path}: {changes or 'nothing'}")
     return args, state
 
