@@ -701,7 +701,7 @@ CSVS = {  # what a list holds, and what is wrong with it
     "quotes": (f'"{PAIR[0]}","{PAIR[1]}"', ""), "backslashes": (LINE.replace("/", "\\"), ""),
     "endings": (",".join(f"./rgb_anon/{stem}_rgb_anon.png" for stem in PAIR), ""), "blank": ("\n", "no pair"),
     "one column": (PAIR[0], "line 1 is not NIGHT,DAY"), "three columns": (f"{LINE},x", "line 1 is not NIGHT"),
-    "a NUL": (LINE.replace(",", "\0,"), "line 1"), "semicolons": (";".join(PAIR), "line 1 is not NIGHT,DAY"),
+    "a NUL": (LINE.replace(",", "\0,"), ".*line"), "semicolons": (";".join(PAIR), "line 1 is not NIGHT,DAY"),
     "a path": (f"\n/etc/passwd,{PAIR[1]}", "line 2 is not train/night"),
     "no frame": (f"{PAIR[0]},train/day/x", "line 1: no file train/day/x_rgb_anon.png in"),
     "binary": ("\udcff", "not a readable csv"), "two nights": (f"{PAIR[0]},{PAIR[0]}", "line 1 is not"),
@@ -966,9 +966,9 @@ def test_submissions(checkpoint, tmp_path, capsys, monkeypatch):
         with zipfile.ZipFile(file) as packed:
             return {name: Image.open(packed.open(name)).copy() for name in packed.namelist()}
 
-    kinds, found = ("labelTrainIds L", "labelTrainIds_invalid L", "confidence I;16"), packed("--darkzurich")
+    kinds, found = ("labelTrainIds L", "labelTrainIds_invalid L", "confidence I"), packed("--darkzurich")
     expected = {f"{kind.split()[0]}/G_frame_00000{n}.png": kind.split()[1] for kind in kinds for n in (1, 2)}
-    assert {name: p.mode for name, p in found.items()} == expected
+    assert {name: p.mode[0] for name, p in found.items()} == expected  # I: 16 bits
     pixels, (model, _) = datasets.load(datasets.Sample(image))["image"], evaluate.load_model(checkpoint)
     best = model(pixels[None] / 255)[1].softmax(1).max(1)[0][0, 20, 30].item()
     assert found["confidence/G_frame_000002.png"].getpixel((30, 20)) == pytest.approx(65535 * best, abs=2)
@@ -1155,10 +1155,7 @@ def test_resuming_takes_the_runs_arguments_and_refuses_others(city, checkpoint, 
 
 @pytest.mark.parametrize("recipe", [
     "--lr 1e-9 --content-weight 0", "--optimizer sgd", "--no-mix", "--no-projection", "--embedding-dim 64",
-    "--batch-norm joint", "--backbone resnet34", *(
-        pytest.param(more, marks=pytest.mark.xfail(strict=True, reason="is called a damaged checkpoint"))
-        for more in ("--day-only", "--night-weights separate")
-    ),
+    "--batch-norm joint", "--backbone resnet34", "--day-only", "--night-weights separate",
 ])  # fmt: skip
 def test_another_recipe_begins_there_or_is_refused(city, checkpoint, tmp_path, capsys, recipe):
     begin = ["--init-from", checkpoint, *recipe.split(), "--steps"]
@@ -1290,7 +1287,7 @@ def test_two_processes_are_one_training_and_stay_two(city, tmp_path, capsys):
         method(batch)["total"].div(2).backward()
     optimizer.step()
     last = models.read_state(tmp_path / "two/last.pt")["model"]
-    close(last, last | {name: p.detach() for name, p in method.named_parameters()}, 1e-3)
+    close(last, last | {name: p.detach() for name, p in method.named_parameters()}, 1e-5)
     miou = evaluate.evaluate(evaluate.load_model(tmp_path / "two/last.pt")[0], validation, "cpu")["miou"]
     assert f",{miou}," in (tmp_path / "two/log.csv").read_text()
     refused(capsys, ["--out", tmp_path / "two", "--resume"], "another run: --processes 2 there, 1 here")

@@ -328,10 +328,10 @@ def begin(method, optimizer, state, validation, args):
             own = method.state_dict() if args.init_from else weights
             fits = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
             method.load_state_dict(fits, strict=not args.init_from)
-            same = (
-                state["args"]["optimizer"] == args.optimizer and weights.keys() == own.keys() == fits.keys()
-            )
-            if args.resume or same:
+            groups = optimizer.param_groups, state["optimizer"]["param_groups"]
+            sizes = [[len(group["params"]) for group in side] for side in groups]
+            same = state["args"]["optimizer"] == args.optimizer and len(fits) == len(own)
+            if args.resume or (same and sizes[0] == sizes[1]):
                 decay = [group["weight_decay"] for group in optimizer.param_groups]
                 optimizer.load_state_dict(state["optimizer"])
                 for group, value in zip(optimizer.param_groups, decay, strict=True):
