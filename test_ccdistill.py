@@ -621,12 +621,12 @@ def test_labels_are_read_by_the_official_table_and_what_their_name_says(tmp_path
         assert told in warning and "\n" not in warning if told else warning is None
 
 
-@pytest.mark.parametrize("kind, ids, pole", [("labelIds", (7, 26, 18), 255), ("labelTrainIds", (0, 13, 5), 5)])
+@pytest.mark.parametrize("kind, ids, pole", [("Ids", (7, 26, 18), 255), ("TrainIds", (0, 13, 5), 5)])
 def test_a_palette_may_colour_labels_but_not_contradict_them(tmp_path, kind, ids, pole):
     def voc(value):
         return tuple(sum((value >> 3 * j + c & 1) << 7 - j for j in range(3)) for c in range(3))
 
-    path, official = tmp_path / f"x_{kind}.png", [datasets.COLOURS[n] for n in (0, 13, 5)]
+    path, official = tmp_path / f"label{kind}.png", [datasets.COLOURS[n] for n in (0, 13, 5)]
     for indices, colours in itertools.product(
         (ids, (3, 1, 2)), ([(v, v, v) for v in ids], [voc(v) for v in ids], official)
     ):
@@ -1155,10 +1155,7 @@ def test_resuming_takes_the_runs_arguments_and_refuses_others(city, checkpoint, 
 
 @pytest.mark.parametrize("recipe", [
     "--lr 1e-9 --content-weight 0", "--optimizer sgd", "--no-mix", "--no-projection", "--embedding-dim 64",
-    "--batch-norm joint", "--backbone resnet34", *(
-        pytest.param(more, marks=pytest.mark.xfail(strict=True, reason="is called a damaged checkpoint"))
-        for more in ("--day-only", "--night-weights separate")
-    ),
+    "--batch-norm joint", "--backbone resnet34", "--day-only", "--night-weights separate",
 ])  # fmt: skip
 def test_another_recipe_begins_there_or_is_refused(city, checkpoint, tmp_path, capsys, recipe):
     begin = ["--init-from", checkpoint, *recipe.split(), "--steps"]
