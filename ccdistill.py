@@ -63,7 +63,8 @@ class CCDistill(nn.Module):
         self.pseudo_weight, self.pseudo_threshold = pseudo_weight, pseudo_threshold
         self.day_teacher = self.night_teacher = None
         if mix and pseudo_weight:
-            self.day_teacher, self.night_teacher = averaged(self.day), averaged(self.night)
+            self.day_teacher = averaged(self.day)
+            self.night_teacher = self.day_teacher if self.night is self.day else averaged(self.night)
 
     def forward(self, batch, adapt=True):
         """batch: source_day, target_day, target_night, each (B, 3, H, W) float RGB in [0, 1], source_label

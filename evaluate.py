@@ -181,7 +181,7 @@ def load_model(path, which="night", device="cpu", input_format="imagenet"):
     in it tells. The projection head is neither built nor loaded. Raises ValueError in one line."""
     state = models.read_state(path)
     if isinstance(state, dict) and "architecture" in state:
-        state, model = rebuilt(path, state)
+        model = rebuilt(path, checked(path, state))
         with damage_told(path):
             mine = {k: v for k, v in state["model"].items() if k.startswith(f"{which}.")}
             model.load_state_dict({k.removeprefix(f"{which}."): v for k, v in mine.items()})
@@ -195,15 +195,19 @@ def load_model(path, which="night", device="cpu", input_format="imagenet"):
     return model.to(device, memory_format=torch.channels_last).eval(), description
 
 
-def rebuilt(path, state=None):
-    """(what train.py saved in a file, the DeepLab that it describes, not yet with its weights)."""
-    state = models.read_state(path) if state is None else state
+def checked(path, state):
+    """The state, if it is one that train.py saved. Raises ValueError in one line."""
     if not isinstance(state, dict) or "architecture" not in state or "model" not in state:
         raise ValueError(f"{path}: not a checkpoint of train.py")
     if state.get("format") not in (1, FORMAT):  # 1 lacks what --resume needs
         raise ValueError(f"{path}: checkpoint format {state.get('format')}, this code reads {FORMAT}")
+    return state
+
+
+def rebuilt(path, state):
+    """The DeepLab that a checked state describes, not yet with its weights."""
     with damage_told(path):
-        return state, models.DeepLab(**state["architecture"] | {"weights": "none"})
+        return models.DeepLab(**state["architecture"] | {"weights": "none"})
 
 
 @contextlib.contextmanager
@@ -380,7 +384,7 @@ def check_outputs(args, found):
     if args.out:
         check_writable(args.out, make=True)
         outputs += [Path(args.out, kind, f"{Path(s.image).stem}.png") for s in found for kind in KINDS]
-    read, seen = {identity(path) for path in (args.checkpoint, *sum(found, ())) if path}, set()
+    read, seen = {identity(path) for sample in [(args.checkpoint,), *found] for path in sample if path}, set()
     for path in outputs:
         me = identity(path)
         if me in read or os.path.isdir(path):

@@ -14,6 +14,7 @@ so report last.pt), OUT/log.csv, OUT/args.json and OUT/samples.png (night image 
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -133,16 +134,24 @@ def conclude(row, method, validation, args):
             save(checkpoint(args, row, method), out / "best.pt")
     if ranks()[0] == 0:
         write_row(log, row)
+        samples = grid(tiles, 3) if tiles else None
         if tiles:
-            TF.to_pil_image(grid(tiles, 3)).save(out / "samples.png")
+            TF.to_pil_image(samples).save(out / "samples.png")
         if args.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            writer = summary_writer(out / "tensorboard")
+            for name, value in row.items():
+                writer.add_scalar(name, value, row["step"])
+            if tiles:
+                writer.add_image("samples", samples, row["step"])
+            writer.flush()
 
-            with SummaryWriter(out / "tensorboard") as writer:
-                for name, value in row.items():
-                    writer.add_scalar(name, value, row["step"])
-                if tiles:
-                    writer.add_image("samples", grid(tiles, 3), row["step"])
+
+@functools.cache
+def summary_writer(folder):
+    """torch's own writer; one for a run, since each opens an event file of its own."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder)
 
 
 def grid(tiles, columns):
@@ -173,7 +182,7 @@ def build(args, state=None):
     the initial weights are not read again."""
     torch.manual_seed(args.seed)
     if state:
-        model = evaluate.rebuilt(state["path"], state)[1]
+        model = evaluate.rebuilt(state["path"], state)
     else:
         network = args.backbone, len(datasets.NAMES), args.output_stride, args.head
         model = models.DeepLab(*network, args.weights, args.input_format)
@@ -188,9 +197,8 @@ def build(args, state=None):
     method = method.to(args.device, memory_format=torch.channels_last)
     for network in {model, getattr(method, "night", model)} if args.compile else ():
         network.compile()
-    parameters = [
-        p for p in method.parameters() if p.requires_grad
-    ]  # norms and biases are spared from weight decay
+    parameters = [p for p in method.parameters() if p.requires_grad]
+    # Norms and biases are spared from weight decay.
     groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay}]
     groups.append({"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0})
     if args.optimizer == "sgd":  # not fused: that fails where some parameters have moments and others not yet
@@ -528,7 +536,7 @@ def going_on(args, given):
     """(arguments, checkpoint) of a run that goes on from a last.pt. --resume: with its own arguments; only
     FREE ones may differ. --init-from: a new run; every difference is printed. Raises ValueError."""
     path = Path(args.out, "last.pt") if args.resume is True else Path(args.resume or args.init_from)
-    state, last = evaluate.rebuilt(path)[0] | {"path": path}, Path(args.out, "last.pt")
+    state, last = evaluate.checked(path, models.read_state(path)) | {"path": path}, Path(args.out, "last.pt")
     if [type(state.get(name)) for name in ("args", "step", "row", "optimizer")] != [dict, int, dict, dict]:
         raise ValueError(f"{path}: not a last.pt that a run can go on from (args, step, row, optimizer)")
     if args.resume and last.exists() and not path.samefile(last):
