@@ -38,6 +38,7 @@ class CCDistill(nn.Module):
     positions). The weights scale the terms of
         total = seg_day + seg_night + pseudo_weight * pseudo + content_weight * CDC + style_weight * CDS
     and a term whose weight is 0 is not computed. target_paired: T_d and T_n of a sample show one place.
+    num_static: so many classes, the first ones, stand still (of Cityscapes' 19: 11), see `most_probable`.
     batch_norm: S and T of one pass share their batch statistics ("joint", the figure's), or each has its own
     and the source's are kept for use ("domain", ours: the model's BatchNorm2d become `models.DomainNorm`).
 
@@ -49,15 +50,17 @@ class CCDistill(nn.Module):
     def __init__(self, model, night_weights="norm", batch_norm="domain", night_style="random",
                  night_strength=None, projection=True, embedding_dim=128, content_weight=1.0,
                  style_weight=1.0, js_weight=0.1, pseudo_weight=1.0, pseudo_threshold=0.9,
-                 target_paired=True, mix=True):  # fmt: skip
+                 target_paired=True, mix=True, num_static=11):  # fmt: skip
         super().__init__()
         if batch_norm not in BATCH_NORMS:
             raise ValueError(f"batch norm must be one of {BATCH_NORMS}, got {batch_norm!r}")
+        if night_style not in NIGHT_STYLES:
+            raise ValueError(f"night style must be one of {NIGHT_STYLES}, got {night_style!r}")
         if batch_norm == "domain":
             with_domain_norms(model)
         self.day, self.night = model, night_model(model, night_weights)
         self.projection = ProjectionHead(model.feature_channels, embedding_dim) if projection else None
-        self.night_weights, self.target_paired = night_weights, target_paired
+        self.night_weights, self.target_paired, self.num_static = night_weights, target_paired, num_static
         self.night_style, self.night_strength = night_style, night_strength
         self.content_weight, self.style_weight, self.js_weight = content_weight, style_weight, js_weight
         self.pseudo_weight, self.pseudo_threshold = pseudo_weight, pseudo_threshold
@@ -78,6 +81,9 @@ class CCDistill(nn.Module):
             s_n = night_style(s_d, batch["target_night"], self.night_style, self.night_strength)
         if adapt:
             t_d, t_n, lesson = batch["target_day"], batch["target_night"], None
+            if not s_d.shape == s_n.shape == t_d.shape == t_n.shape:
+                shapes = ", ".join(f"{name} {tuple(images.shape)}" for name, images in batch.items())
+                raise ValueError(f"the four domains must have one shape, got {shapes}")
             if self.night_teacher:
                 t_d, t_n, lesson = self.lesson(s_n, label, t_d, t_n)
             (f_sd, p_sd), (f_td, p_td) = features_and_logits(self.day, s_d, t_d)
@@ -93,7 +99,7 @@ class CCDistill(nn.Module):
             terms["pseudo"] = segmentation_loss(p_td, y_td, w_td) + segmentation_loss(p_tn, y_tn, w_tn)
         if adapt and self.content_weight:
             e = [self.embed(f) for f in (f_sd, f_sn, f_td, f_tn)]
-            parts = content_terms(*e, self.target_paired, js=self.js_weight > 0)
+            parts = content_terms(*e, self.target_paired, js=self.js_weight != 0)
             terms["content"] = parts["inherent"] + parts["illumination"] + self.js_weight * parts.get("js", 0)
         if adapt and self.style_weight:
             terms["style"] = style_distill(f_sd, f_sn, f_td, f_tn, self.target_paired)
@@ -107,7 +113,8 @@ class CCDistill(nn.Module):
 
     def plain_lesson(self, p_td, p_tn):
         """[(labels, None)] of T_d and T_n, (B, H, W): own confident predictions, logits (B, K, H, W)."""
-        night = pseudo_labels(p_tn, p_td if self.target_paired else None, self.pseudo_threshold)
+        day = p_td if self.target_paired else None
+        night = pseudo_labels(p_tn, day, self.pseudo_threshold, self.num_static)
         return [(pseudo_labels(p_td, threshold=self.pseudo_threshold), None), (night, None)]
 
     @torch.no_grad()
@@ -122,9 +129,10 @@ class CCDistill(nn.Module):
         for teacher, student in {self.day_teacher: self.day, self.night_teacher: self.night}.items():
             if self.training:
                 teacher.update_parameters(student)
-        p_td, p_tn = self.day_teacher.eval()(t_d)[1], self.night_teacher.eval()(t_n)[1]
+        ((_, p_td),) = features_and_logits(self.day_teacher.eval(), t_d)
+        ((_, p_tn),) = features_and_logits(self.night_teacher.eval(), t_n)
         c_td, y_td = most_probable(p_td)
-        c_tn, y_tn = most_probable(p_tn, p_td if self.target_paired else None)
+        c_tn, y_tn = most_probable(p_tn, p_td if self.target_paired else None, self.num_static)
         confident = [(c >= self.pseudo_threshold).float() for c in (c_td, c_tn)]
         w_td, w_tn = (c.mean((1, 2), keepdim=True).expand_as(c) for c in confident)
         paste = torch.rand(len(label), 256, device=label.device) < 0.5
@@ -155,8 +163,10 @@ def features_and_logits(network, *domains):
     """[(F, P)] of each domain; all are one batch, as the figure draws S_d and T_d through M_d."""
     with domains_apart(network, len(domains)):
         output = network(torch.cat(domains))
-    if not (isinstance(output, tuple | list) and len(output) == 2 and output[0].ndim == output[1].ndim == 4):
-        raise TypeError("the model must return (features (B, C, h, w), logits (B, K, H, W))")
+    pair = isinstance(output, tuple | list) and len(output) == 2 and output[0].ndim == output[1].ndim == 4
+    if not pair or output[1].shape[2:] != domains[0].shape[2:]:
+        what = "(features (B, C, h, w), logits (B, K, H, W)), H and W those of the images"
+        raise TypeError(f"the model must return {what}")
     sizes = [len(domain) for domain in domains]
     return list(zip(*(maps.split(sizes) for maps in output), strict=True))
 

@@ -11,9 +11,11 @@ never data.
 """
 
 import collections
+import concurrent.futures
 import csv
 import functools
 import hashlib
+import itertools
 import os
 import random
 import threading
@@ -189,20 +191,20 @@ def check_sizes(groups, crop=None, say=print):
 
 
 def label_warning(found):
-    """What is odd about the labels of a whole split, as one line, or None. Reads until a label is as
-    expected, so usually one."""
-    small = void = True
-    for sample in found:
+    """What is odd about some 30 labels, spread over a split, as one line, or None."""
+    spread, small, void = found[:: -(-len(found) // 30)], 0, 0
+    for sample in spread:
         image, kind = _stored_label(sample.label)
         values = [value for value, count in enumerate(image.histogram()[:IGNORE]) if count]
-        small = small and kind == "labelIds" and max(values, default=0) < len(CLASSES)
-        void = void and all(TABLES[kind][value] in (IGNORE, None) for value in values)
-        if not small and not void:
-            return None
-    what = f"warning: {found[0].label.parent.parent}: {len(found)} labels"
-    if void:
-        return f"{what}, and every pixel of them is void (ignored)"
-    return f"{what} named labelIds hold no value above 18: trainIds? Then name them _labelTrainIds.png"
+        void += all(TABLES[kind][value] in (IGNORE, None) for value in values)
+        small += kind == "labelIds" and max(values, default=0) < len(CLASSES)
+    what = f"warning: {found[0].label.parent.parent}: of {len(spread)} labels looked at"
+    if void == len(spread):
+        return f"{what}, every pixel is void (ignored)"
+    if 2 * small >= len(spread):
+        way_out = "trainIds? Then name them _labelTrainIds.png"
+        return f"{what}, {small} are named labelIds and hold no value above 18: {way_out}"
+    return None
 
 
 def find_folder(root, name, must_exist=True):
@@ -289,6 +291,25 @@ class FourDomains(torch.utils.data.Dataset):
         return item
 
 
+def ahead(load, items, workers):
+    """Yield load(item) of each item, in order, by threads that are `workers` items ahead. Decoding leaves
+    Python to other threads, and threads need neither shared memory nor processes that could be killed."""
+    pool = concurrent.futures.ThreadPoolExecutor(
+        max(1, workers), initializer=torch.set_num_threads, initargs=(1,)
+    )
+    waiting, items = collections.deque(), iter(items)
+    try:
+        for item in itertools.islice(items, workers):
+            waiting.append(pool.submit(load, item))
+        for item in items:
+            waiting.append(pool.submit(load, item))
+            yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 @functools.lru_cache(maxsize=8)
 def _order(length, key):
     return random.Random(key).sample(range(length), length)
@@ -347,9 +368,7 @@ class Cache:
                 write_whole(entry, lambda file: torch.save(image, file))
         except (OSError, RuntimeError) as error:
             self.full = True
-            warnings.warn(
-                f"{entry}: not written ({_reason(error)}); the cache is not filled further", stacklevel=2
-            )
+            warnings.warn(f"{_reason(error)}; the cache is not filled further", stacklevel=2)
         return image
 
 
@@ -430,6 +449,8 @@ def _opened(path, decode=True):
     """A Pillow image, decoded or its header alone; what Pillow raises, a dozen types on damaged files,
     becomes a DataError. A phone's picture is turned as people see it; PNGs, like labels, stay as stored."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("a folder, a pipe or a device, no file")
         with _OPENING, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(path, formats=("PNG", "JPEG", "WEBP"))  # Pillow has stranger ones
@@ -452,12 +473,15 @@ def _reason(error):
 def write_whole(path, write):
     """write(file) so that `path` holds what it held or all of the new: written aside, flushed, renamed."""
     aside = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    before = "; what it held before is still whole" if os.path.exists(path) else ""
     try:
         with open(aside, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+    except OSError as error:
+        raise OSError(f"{path}: not written ({_reason(error)}){before}") from None
     finally:
         Path(aside).unlink(missing_ok=True)
 

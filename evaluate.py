@@ -12,7 +12,6 @@ does, and `miou_present` also those without label. A class that does not occur h
 """
 
 import argparse
-import collections
 import concurrent.futures
 import contextlib
 import io
@@ -21,6 +20,7 @@ import os
 import sys
 import tempfile
 import time
+import uuid
 import zipfile
 from pathlib import Path
 
@@ -47,25 +47,19 @@ def evaluate(model, found, device, workers=1, each=None, failed=None, **views):
 
     each(item, prediction, confidence) is called for every image, in a thread, while the network goes on.
     failed: a list that takes the DataErrors of unreadable images; None: the first one is raised. views: see
-    `predictions`. Processes that train together share the images, and all get the scores of all.
+    `predictions`.
     """
-    classes, (rank, processes) = len(datasets.NAMES), ranks()
-    counts, problem = torch.zeros(classes, classes, dtype=torch.int64, device=device), None
+    classes = len(datasets.NAMES)
+    counts = torch.zeros(classes, classes, dtype=torch.int64, device=device)
     with concurrent.futures.ThreadPoolExecutor(1) as background:
         last = background.submit(int)
-        try:
-            for result in predictions(model, found[rank::processes], device, workers, failed, **views):
-                item, prediction, _ = result
-                if "label" in item:
-                    counts += count(item["label"], prediction, classes)
-                last.result()  # raises what went wrong there; one image ahead at most
-                last = background.submit(each, *result) if each else last
-            last.result()
-        except datasets.DataError as error:
-            problem = error
-    if processes > 1:
-        distributed.all_reduce(counts)
-    tell_all(problem, device)
+        for result in predictions(model, found, device, workers, failed, **views):
+            item, prediction, _ = result
+            if "label" in item:
+                counts += count(item["label"], prediction, classes)
+            last.result()  # raises what went wrong there; one image ahead at most
+            last = background.submit(each, *result) if each else last
+        last.result()
     return scores(counts) if found[0].label else {}
 
 
@@ -116,7 +110,16 @@ def predictions(model, found, device, workers=1, failed=None, scales=(1.0,), fli
     where the network puts out nan."""
     training = model.training
     model.eval()
-    for item in loaded_ahead(found, workers, failed):
+
+    def load(sample):
+        try:
+            return datasets.load(sample)
+        except datasets.DataError as error:
+            if failed is None:
+                raise
+            failed.append(error)
+
+    for item in filter(None, datasets.ahead(load, found, workers)):
         images = to_float(item["image"][None], device)
         if tuple(scales) == (1.0,) and not flip and min(images.shape[2:]) >= 32:
             # In strips, which stay in the processor's cache.
@@ -128,27 +131,6 @@ def predictions(model, found, device, workers=1, failed=None, scales=(1.0,), fli
             raise ValueError(f"{item['name']}: the network puts out nan, there is nothing to score")
         yield item, prediction, confidence
     model.train(training)
-
-
-def loaded_ahead(found, workers, failed=None):
-    """datasets.load of each sample, in order, by threads that are some ahead: Pillow decodes beside Python,
-    and threads need no shared memory."""
-
-    def load(sample):
-        try:
-            return datasets.load(sample)
-        except datasets.DataError as error:
-            if failed is None:
-                raise
-            failed.append(error)
-
-    with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
-        waiting = collections.deque()
-        for number in range(len(found) + workers):
-            if number < len(found):
-                waiting.append(pool.submit(load, found[number]))
-            if number >= workers and (item := waiting.popleft().result()):
-                yield item
 
 
 def probabilities(model, images, scales=(1.0,), flip=False):
@@ -241,7 +223,7 @@ class Submission:
     image."""
 
     def __init__(self, path, layout, found):
-        self.path, self.aside, self.layout = Path(path), Path(f"{path}.tmp"), layout
+        self.path, self.aside, self.layout = Path(path), Path(f"{path}.{uuid.uuid4().hex[:8]}.tmp"), layout
         self.wanted = [entry for s in found for entry in self.entries(Path(s.image).stem)]
         for sample in found:
             if datasets.size_of(sample.image) != SIZES[layout]:
@@ -362,7 +344,8 @@ def run(args):
         say(table(result))
     if args.json:
         result |= {"images": len(done), "args": vars(args), "checkpoint": description}
-        Path(args.json).write_text(json.dumps(result, indent=1))
+        text = json.dumps(result, indent=1)
+        datasets.write_whole(args.json, lambda file: file.write(text.encode()))
     if args.out:
         say(f"{args.out}: {', '.join(KINDS)} of {len(done)} images")
     for error in failed or ():
@@ -378,19 +361,20 @@ def check_outputs(args, found):
             return os.stat(path).st_dev, os.stat(path).st_ino
         return os.path.normcase(os.path.realpath(path))
 
-    outputs = [path for path in (args.json, args.submit, args.submit and f"{args.submit}.tmp") if path]
+    outputs = [path for path in (args.json, args.submit) if path]
     for folder in {Path(path).absolute().parent for path in outputs}:
         check_writable(folder)
     if args.out:
         check_writable(args.out, make=True)
         outputs += [Path(args.out, kind, f"{Path(s.image).stem}.png") for s in found for kind in KINDS]
-    read, seen = {identity(path) for sample in [(args.checkpoint,), *found] for path in sample if path}, set()
+    read = {identity(path) for sample in [(args.checkpoint,), *found] for path in sample if path}
+    seen = {identity(Path(args.out, kind)) for kind in KINDS} if args.out else set()
     for path in outputs:
         me = identity(path)
         if me in read or os.path.isdir(path):
             raise ValueError(f"{path}: a folder, or a file that this command reads; choose another output")
         if me in seen:
-            raise ValueError(f"{path}: two inputs would be written there; give one of them alone")
+            raise ValueError(f"{path}: two outputs would be written there; change one of them")
         seen.add(me)
 
 
@@ -430,15 +414,6 @@ def ranks():
     return 0, 1
 
 
-def tell_all(problem, device):
-    """Raise `problem`, an exception or None, if this process or another one has one."""
-    have = torch.tensor(float(problem is not None), device=device)
-    if ranks()[1] > 1:
-        distributed.all_reduce(have)
-    if have:
-        raise problem or datasets.DataError("another process found a file that it cannot use")
-
-
 def best_device():
     return next((name for name in ("cuda", "mps") if getattr(torch, name).is_available()), "cpu")
 
@@ -455,12 +430,13 @@ def a_file(text):
 
 
 def a_device(text):
-    try:
-        torch.zeros(1, device=text if text.partition(":")[0] in ("cuda", "mps") else torch.device("cpu", 0))
-    except (RuntimeError, AssertionError):
-        text = None
-    if text is None or text.partition(":")[0] not in ("cuda", "mps", "cpu"):
-        raise argparse.ArgumentTypeError(f"{text}: cuda, mps or cpu, as far as torch has it here")
+    if text != "cpu":
+        try:
+            torch.zeros(1, device=text if text.partition(":")[0] in ("cuda", "mps") else "none")
+        except (RuntimeError, AssertionError):
+            raise argparse.ArgumentTypeError(
+                f"{text}: cuda, mps or cpu, as far as torch has it here"
+            ) from None
     return text
 
 

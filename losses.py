@@ -4,10 +4,9 @@ this file into your own code.
     from losses import content_distill, style_distill
 
 Domains come in one order everywhere: source_day (S_d), source_night (S_n), target_day (T_d), target_night
-(T_n). The paper's text was not at hand. The graphs come from its framework figure; the L2 norm, the mean over
-all entries, the softmax inside D and all weights are our reading of it. Half precision is raised to float32,
-float64 stays float64, autocast changes nothing. What is no tensor raises TypeError; a tensor of another shape
-than documented, without values, or complex raises ValueError.
+(T_n). The paper's text was not at hand: the graphs come from its framework figure; the L2 norm, the mean over
+all entries, the softmax inside D and all weights are our reading. Half precision is raised to float32, float64
+stays, autocast changes nothing. What is no tensor raises TypeError; a tensor that does not fit raises ValueError.
 """
 
 import math
@@ -102,7 +101,10 @@ def segmentation_loss(logits, labels, weights=None, ignore_index=255):
     """Cross-entropy, mean over the pixels whose label is not `ignore_index`; 0 where there is none (not nan).
     logits: (B, K, H, W). labels: (B, H, W) int64 in 0..K-1 or `ignore_index`. weights: of each pixel's loss,
     (B, H, W). Returns a scalar."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    (logits,) = _checked("(B, K, H, W)", logits=logits)
+    if labels.dtype != torch.int64 or labels.shape != logits[:, 0].shape:
+        wanted, got = tuple(logits[:, 0].shape), f"{labels.dtype} {tuple(labels.shape)}"
+        raise ValueError(f"labels: expected int64 {wanted}, one for each pixel of the logits, got {got}")
     pixels = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
     pixels = pixels if weights is None else pixels * weights
     return pixels.sum() / (labels != ignore_index).sum().clamp(min=1)

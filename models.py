@@ -31,41 +31,38 @@ class DeepLab(nn.Module):
 
     backbone: one of BACKBONES. output_stride: 8 or 16. head: "aspp" (DeepLab v3, torchvision's
     `deeplabv3_*`), or "deeplabv2" (a sum of dilated classifiers on layer4, as AdaptSegNet and DANNet have it;
-    Bottleneck ResNets at output stride 8). weights: "none", "imagenet" (torchvision's IMAGENET1K_V1,
+    resnet50 or resnet101 at output stride 8). weights: "none", "imagenet" (torchvision's IMAGENET1K_V1,
     downloaded on first use) or the path of a state dict (see `load_weights`). input_format: what the weights
     expect, "imagenet" or "caffe" (BGR 0-255 minus a mean, AdaptSegNet's); images are RGB in [0, 1] all the
-    same. branches: how many dilated classifiers are summed (a multi-level v2 file sets it to 2).
-    Raises ValueError on what it does not know.
+    same. Raises ValueError on what it does not know.
     """
 
     def __init__(self, backbone="resnet18", num_classes=19, output_stride=16, head="aspp", weights="none",
-                 input_format="imagenet", branches=4):  # fmt: skip
+                 input_format="imagenet"):  # fmt: skip
         super().__init__()
         # What a checkpoint needs in order to build this model again.
         self.architecture = {"backbone": backbone, "num_classes": num_classes, "output_stride": output_stride}
-        self.architecture |= {"head": head, "input_format": input_format, "branches": branches}
-        choices = {"backbone": BACKBONES, "output_stride": tuple(ATROUS_RATES), "head": HEADS}
+        self.architecture |= {"head": head, "input_format": input_format}
+        choices = {"backbone": BACKBONES, "output_stride": (8, 16), "head": HEADS}
         for name, known in (choices | {"input_format": tuple(INPUT_FORMATS)}).items():
             if self.architecture[name] not in known:
                 raise ValueError(f"{name} must be one of {known}, got {self.architecture[name]!r}")
         resnet = getattr(torchvision.models, backbone)(weights=None)
         channels = resnet.fc.in_features
-        if head == "deeplabv2":
-            if output_stride != 8 or channels != 2048:
-                raise ValueError(
-                    "head deeplabv2 needs a Bottleneck ResNet (resnet50, resnet101) at output_stride 8, "
-                    f"not {backbone} at {output_stride}"
-                )
-            as_deeplab_v2(resnet)
-            self.feature_channels = channels
-            convs = (nn.Conv2d(channels, num_classes, 3, padding=r, dilation=r) for r in V2_RATES[:branches])
-            self.classifier = nn.ModuleList(convs)
-        else:
+        if head == "aspp":
             dilate([resnet.layer4] if output_stride == 16 else [resnet.layer3, resnet.layer4])
             self.feature_channels = 256
             # A plain Sequential: ASPP, 3 x 3 convolution, norm, ReLU, classifier.
             self.classifier = nn.Sequential(*DeepLabHead(channels, num_classes, ATROUS_RATES[output_stride]))
             self.classifier[0].convs[-1][2] = PooledNorm(256)
+        elif output_stride == 8 and channels == 2048:
+            as_deeplab_v2(resnet)
+            self.feature_channels = channels
+            convs = (nn.Conv2d(channels, num_classes, 3, padding=r, dilation=r) for r in V2_RATES)
+            self.classifier = nn.ModuleList(convs)
+        else:
+            wanted = "resnet50 or resnet101 at output_stride 8"
+            raise ValueError(f"head deeplabv2 needs {wanted}, not {backbone} at {output_stride}")
         # All but avgpool and fc.
         self.backbone = nn.Sequential(OrderedDict(list(resnet.named_children())[:-2]))
         self.scale, mean, std = INPUT_FORMATS[input_format]
@@ -81,8 +78,14 @@ class DeepLab(nn.Module):
         H, W), or (B, num_classes, h, w) with upsample=False; h is about H / output_stride. Raises ValueError
         on other shapes.
         """
-        if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 32:
-            raise ValueError(f"expected images (B, 3, H, W), H and W at least 32, got {tuple(images.shape)}")
+        if (
+            images.ndim != 4
+            or images.shape[1] != 3
+            or min(images.shape[2:]) < 32
+            or images.dtype == torch.uint8
+        ):
+            got = f"{tuple(images.shape)} {images.dtype}"
+            raise ValueError(f"expected float images (B, 3, H, W), H and W at least 32, got {got}")
         images = images.flip(1) if self.architecture["input_format"] == "caffe" else images
         features = self.backbone((images * self.scale - self.mean) / self.std)
         if self.architecture["head"] == "deeplabv2":
@@ -104,12 +107,14 @@ class ProjectionHead(nn.Module):
 
     def __init__(self, in_channels, embedding_dim=128):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(in_channels, in_channels), nn.ReLU(), nn.Linear(in_channels, embedding_dim)
-        )
+        first, last = nn.Linear(in_channels, in_channels), nn.Linear(in_channels, embedding_dim)
+        self.layers = nn.Sequential(first, nn.ReLU(), last)
 
     def forward(self, features):
         return self.layers(features.mean((2, 3)))
+
+
+# ---- norms -------------------------------------------------------------------------------------------------
 
 
 class DomainNorm(nn.BatchNorm2d):
@@ -152,13 +157,16 @@ def with_domain_norms(module):
 
 class PooledNorm(nn.BatchNorm2d):
     """Batch norm for ASPP's pooled branch, which holds one value a channel and image: always over the whole
-    batch, since two values become plus and minus one whatever they are. With a single image in training there
-    is no batch statistic (torch raises), so that image is normalised by the running ones."""
+    batch, since a domain of two images has two values, and normalising two values gives 1 and -1, whatever
+    they were. A single training image has no batch statistics: it is normalised by the running ones."""
 
     def forward(self, x):
         if self.training and x.shape[0] == 1:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return super().forward(x)
+
+
+# ---- dilation ----------------------------------------------------------------------------------------------
 
 
 def dilate(layers):
@@ -187,6 +195,9 @@ def as_deeplab_v2(resnet):
             block.conv2.dilation = block.conv2.padding = (dilation, dilation)
 
 
+# ---- weights -----------------------------------------------------------------------------------------------
+
+
 def load_weights(model, weights, strict=False):
     """Initialise a DeepLab from "none", "imagenet" or the path of a state dict.
 
@@ -203,28 +214,25 @@ def load_weights(model, weights, strict=False):
             state = our_names(public.get_state_dict(progress=True))
         except Exception as error:  # noqa: BLE001 (no network, no space, or a half download's bytes)
             way_out = f"download {public.url} and give --weights its path, or give --weights none"
-            raise ValueError(f"imagenet weights cannot be fetched ({_flat(error)}); {way_out}") from None
+            raise ValueError(f"imagenet weights cannot be fetched ({one_line(error)}); {way_out}") from None
     else:
         state = read_weights(weights, model.architecture["input_format"])
-    v2 = model.architecture["head"] == "deeplabv2"
-    branches = sum(key.startswith("classifier.") and key.endswith(".weight") for key in state)
-    if v2 and 0 < branches < len(model.classifier):
-        del model.classifier[branches:]
-        model.architecture["branches"] = branches
-    wanted = model.state_dict()
-    last = "classifier." if v2 else f"classifier.{len(model.classifier) - 1}."
-    classes = {len(s[k]) for s in (state, wanted) for k in s if k.startswith(last) and s[k].ndim}
-    if branches and len(classes) > 1 and not strict:
+    own = model.state_dict()
+    last = "classifier.4." if model.architecture["head"] == "aspp" else "classifier."
+    other = any(k.startswith(last) and v.ndim and len(v) != len(own.get(k, v)) for k, v in state.items())
+    if other and not strict:
         warnings.warn(f"{weights}: its classifier, for another number of classes, is left out", stacklevel=2)
         state = {k: v for k, v in state.items() if not k.startswith(last)}
     # What a file may lack: counts (of before torch 0.4.1), a classifier left out above, the head of a ResNet.
-    free = ("classifier.",) if not branches and not strict else (last,) if len(classes) > 1 else ()
-    kept = {k: v for k, v in wanted.items() if k.startswith(free) or k.endswith("num_batches_tracked")}
+    no_head = not strict and not any(k.startswith("classifier.") for k in state)
+    lacking = last if other else "classifier." if no_head else None
+    kept = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
+    kept |= {k: v for k, v in own.items() if lacking and k.startswith(lacking)}
     try:
         model.load_state_dict(kept | state)
     except RuntimeError as error:
         name = f"{model.architecture['backbone']} with head {model.architecture['head']}"
-        raise ValueError(f"{weights}: does not fit {name}: {_flat(error)[:300]}") from None
+        raise ValueError(f"{weights}: does not fit {name}: {one_line(error)[:300]}") from None
 
 
 def architecture_of(path):
@@ -250,7 +258,8 @@ def read_state(path):
     except Exception as error:  # noqa: BLE001 (unpickling raises whatever the bytes suggest)
         reason = "truncated, or no torch file"
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            strip = "torch.save(torch.load(FILE, weights_only=False)['model'], NEW)"
+            strip = "keep its tensors alone: state = torch.load(FILE, weights_only=False); torch.save(state['model'] "
+            strip += "if 'model' in state else state, NEW)"
             reason = f"it holds a {refused[1]}, which could run code; if you trust it, strip it: {strip}"
         raise ValueError(f"{path}: not a file of tensors ({reason})") from None
 
@@ -260,10 +269,10 @@ def read_weights(path, input_format=None):
     also where a checkpoint of train.py wants another input_format."""
     content = read_state(path)
     content = content if isinstance(content, dict) else {}
-    told = content.get("architecture")
-    told = told.get("input_format", input_format) if isinstance(told, dict) else input_format
-    if input_format and told != input_format:
-        raise ValueError(f"{path}: wants --input-format {told}, not {input_format}")
+    built = content.get("architecture")
+    wants = built.get("input_format", input_format) if isinstance(built, dict) else input_format
+    if input_format and wants != input_format:
+        raise ValueError(f"{path}: wants --input-format {wants}, not {input_format}")
 
     def is_state(value):
         full = isinstance(value, dict) and value
@@ -293,13 +302,14 @@ def our_names(state):
     state = {key: v for key, v in state.items() if not key.startswith(("aux_classifier.", "fc."))}
     if "conv1.weight" not in state:
         return state
-    multi_level = any(key.startswith("layer6.") for key in state)
-    head = "layer6.conv2d_list." if multi_level else "layer5.conv2d_list."
-    used = ("0.", "1.", "2.", "3.")[: 2 if multi_level else 4]  # the published code returns in its loop
+    head = "layer6.conv2d_list." if any(key.startswith("layer6.") for key in state) else "layer5.conv2d_list."
     backbone = {f"backbone.{k}": v for k, v in state.items() if not k.startswith(("layer5.", "layer6."))}
-    branches = {k.removeprefix(head): v for k, v in state.items() if k.startswith(head)}
-    return backbone | {f"classifier.{k}": v for k, v in branches.items() if k.startswith(used)}
+    classifier = {k.removeprefix(head): v for k, v in state.items() if k.startswith(head)}
+    if head.startswith("layer6"):  # the published code returns inside its loop: two of the four are used
+        classifier |= {k: torch.zeros_like(v) for k, v in classifier.items() if k.startswith(("2.", "3."))}
+    return backbone | {f"classifier.{k}": v for k, v in classifier.items()}
 
 
-def _flat(error):
-    return " ".join(str(error).split())
+def one_line(error):
+    """An exception's message in one line; its type where it has none."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__

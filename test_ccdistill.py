@@ -216,6 +216,7 @@ def test_what_does_not_fit_is_named():
         (r"f_source_day.*\(2, 16, 3\)", loss.style_distill, *[tokens] * 4), ("list", loss.gram, [1]),
         (r"\(1, 9, 4, 5\)", loss.pseudo_labels, rand(1, 9, 4, 4), rand(1, 9, 4, 5)),
         ("e_source_night.*NoneType", loss.content_distill, v, None, v, v), ("list", loss.pseudo_labels, [1]),
+        (r"int64 \(2, 4, 4\).*float64", loss.segmentation_loss, maps, maps[:, 0]),
     ):  # fmt: skip
         strange = any(not torch.is_tensor(x) for x in inputs)
         fails(TypeError if strange else ValueError, told, function, *inputs)
@@ -467,6 +468,7 @@ def test_every_part_learns_and_the_users_model_is_left_as_it_was(night_weights, 
     fails(TypeError, "must return", method, toy_batch())
     fails(ZeroDivisionError, "zero", method, toy_batch(batch=3))
     del model.forward
+    fails(ValueError, "must have one shape", method, toy_batch() | {"target_day": images})
     plain.load_state_dict(model.state_dict())
     assert_same(model(images), plain(images))  # in training mode: no domains are told apart any more
     assert method.day is model and set(vars(model)) == names
@@ -617,7 +619,8 @@ def test_labels_are_read_by_the_official_table_and_what_their_name_says(tmp_path
         ("labelTrainIds", 3, None),
     ):  # fmt: skip
         sample = datasets.Sample(None, picture(tmp_path / f"x_{kind}.png", mode="L", value=value))
-        warning = datasets.label_warning([sample, sample])
+        good = datasets.Sample(None, picture(tmp_path / "good_labelIds.png", mode="L", value=26))
+        warning = datasets.label_warning([sample, sample, *[good] * (value == 8)])
         assert told in warning and "\n" not in warning if told else warning is None
 
 
@@ -732,7 +735,7 @@ DAMAGES = {  # what is done to a file, and what survives it
     "a hole": (rewrite(lambda data: data[:999] + data[1009:]), ""), "missing": (Path.unlink, ""),
     "text": (rewrite(lambda _: b"<html>"), ""), "16 bits": (redraw(lambda i: Image.new("I;16", i.size)), ""),
     "a folder": (lambda path: (path.unlink(), path.mkdir()), ""), "a TIFF": (redraw(lambda i: i, "TIFF"), ""),
-    "a link to itself": (lambda path: (path.unlink(), path.symlink_to(path.name)), ""),
+    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), ""), "a link to itself": (lambda path: (path.unlink(), path.symlink_to(path.name)), ""),
     "CMYK": (redraw(lambda i: i.convert("CMYK"), "JPEG"), ""),
     "RGB": (redraw(lambda i: i.convert("RGB")), "image"),
     "palette": (redraw(lambda i: i.quantize(64)), "image"), "a JPEG": (redraw(lambda i: i, "JPEG"), "image"),
@@ -944,11 +947,12 @@ def test_outputs_over_each_other_or_over_inputs_are_refused_first(city, checkpoi
     (tmp_path / "link.pt").symlink_to(checkpoint)
     over, dz = "a folder, or a file that this command reads", ["--darkzurich", city / "darkzurich"]
     for told, *more in (
-        ("a_rgb_anon.png: two inputs would be written there", "--images", one, two, *new),
-        ("two inputs would be written there", "--darkzurich", tmp_path / "dz", "--split", "test", *new),
+        ("a_rgb_anon.png: two outputs would be written there", "--images", one, two, *new),
+        ("two outputs would be written there", "--darkzurich", tmp_path / "dz", "--split", "test", *new),
         (f"color/a_rgb_anon.png: {over}", "--images", one, "--out", tmp_path / "out"),
         (f"link.pt: {over}", *dz, "--json", tmp_path / "link.pt"), (f"one: {over}", *dz, "--json", one),
         ("cannot be written to", *dz, "--out", first(city, IMAGE)),
+        ("color: two outputs would be", *dz, *new, "--json", tmp_path / "new/color"),
         ("no: cannot be written to (No such file", *dz, "--json", tmp_path / "no/s.json"),
     ):  # fmt: skip
         refused(capsys, ["--checkpoint", checkpoint, *more], told, evaluate.main)
@@ -1159,11 +1163,20 @@ def test_resuming_takes_the_runs_arguments_and_refuses_others(city, checkpoint, 
 ])  # fmt: skip
 def test_another_recipe_begins_there_or_is_refused(city, checkpoint, tmp_path, capsys, recipe):
     begin = ["--init-from", checkpoint, *recipe.split(), "--steps"]
-    refused(capsys, arguments(city, tmp_path / "c", *begin, 2), "last.pt: is at step 2: more --steps")
+    refused(capsys, arguments(city, tmp_path / "c", *begin, 2), "last.pt: is at step 2: give more --steps")
+    more = [*begin, 4, "--weights", checkpoint]
+    refused(capsys, arguments(city, tmp_path / "c", *more), "the weights come from --init-from")
     if "backbone" in recipe:
-        return refused(capsys, arguments(city, tmp_path / "c", *begin, 4), "the same network")
-    rows = trained(city, tmp_path / "b", *begin, 4)
-    assert [row["step"] for row in rows] == ["3", "4"] and recipe.split()[0] in capsys.readouterr().out
+        return refused(
+            capsys, arguments(city, tmp_path / "c", *begin, 4), "another network: --backbone must agree"
+        )
+    rows, printed = trained(city, tmp_path / "b", *begin, 4), capsys.readouterr().out
+    (tmp_path / "b/last.pt").rename(tmp_path / "b/kept.pt")
+    refused(
+        capsys, arguments(city, tmp_path / "b"), "holds best.pt or samples.png of a run without its last.pt"
+    )
+    (tmp_path / "b/kept.pt").rename(tmp_path / "b/last.pt")
+    assert [row["step"] for row in rows] == ["3", "4"] and recipe.split()[0] in printed
     if "lr" in recipe:  # it is where the other one was
         states = [models.read_state(path)["model"] for path in (checkpoint, tmp_path / "b/last.pt")]
         close(*(state["day.backbone.conv1.weight"] for state in states), 1e-6)
@@ -1178,7 +1191,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_whole(city, tmp_path, capsy
             raise OSError(28, "disk full")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    told = "last.pt: not saved (disk full); what it held before is still whole"
+    told = "last.pt: not written (disk full); what it held before is still whole"
     refused(capsys, arguments(city, out, "--steps", 4, "--save-every", 1), told)
     assert (out / "last.pt").read_bytes() == kept[-1] and not list(out.glob("*.tmp"))
 
@@ -1239,7 +1252,7 @@ def test_training_needs_no_labelled_nights_and_bears_void_ones(tree, tmp_path, c
     for label in (tree / "darkzurich/gt/val").rglob("*.png"):
         Image.new("L", (256, 128), 255).save(label)
     trained(tree, tmp_path / "void", "--steps", 3, "--eval-every", 1)
-    assert "every pixel of them is void" in capsys.readouterr().out
+    assert "every pixel is void" in capsys.readouterr().out
     shutil.rmtree(tree / "darkzurich/gt")
     trained(tree, tmp_path / "run", "--steps", 1, "--pairs", "none")
     assert "validation: none" in capsys.readouterr().out and not (tmp_path / "run/best.pt").exists()
@@ -1303,16 +1316,15 @@ def test_each_process_resumes_on_its_own_device(checkpoint, tmp_path, monkeypatc
     assert train.parse_args(["--out", str(tmp_path), "--resume"])[0].device == "cuda:2"
 
 
-def test_too_little_shared_memory_is_told(city, checkpoint, tmp_path):
-    mount = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "-"]
+def test_without_shared_memory_everything_runs(city, checkpoint, tmp_path):
+    mount = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=4k tmpfs /dev/shm && exec "$@"', "-"]
     if not shutil.which("unshare") or subprocess.run([*mount, "true"], check=False).returncode:
         pytest.skip("mounts a small /dev/shm, which takes root and unshare")
     predict = ["--checkpoint", str(checkpoint), "--darkzurich", str(city / "darkzurich"), "--workers", "2"]
-    fit = arguments(city, tmp_path / "run", "--crop", 128, 256, "--batch-size", 8, "--workers", 2)
+    fit = arguments(city, tmp_path / "run", "--crop", 128, 256, "--steps", 2, "--workers", 2)
     code = f"import test_ccdistill as t; print(t.evaluate.main({predict})); exit(t.train.main({fit}))"
     done = subprocess.run([*mount, sys.executable, "-c", code], **PIPES, timeout=100, check=False)
-    assert "\n0\n" in done.stdout and done.returncode == 2 and "--workers 0" in done.stderr, done.stderr
-    assert done.stderr.count("train.py: error: ") == 1, done.stderr
+    assert "\n0\n" in done.stdout and done.returncode == 0 and not done.stderr, done.stderr
 
 
 def test_compiled_networks_compute_the_same(city, tmp_path, monkeypatch):

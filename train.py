@@ -14,6 +14,7 @@ so report last.pt), OUT/log.csv, OUT/args.json and OUT/samples.png (night image 
 
 import argparse
 import contextlib
+import csv
 import functools
 import importlib.util
 import io
@@ -47,13 +48,17 @@ except ImportError:  # Windows: two runs in one folder are not told apart there
 
 def train(args, state=None):
     """One run, to OUT/last.pt at step --steps. state: the checkpoint that it goes on from."""
-    with alone_in(args.out), stop_signals() as stop:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(alone_in(args.out))
         method, optimizer = build(args, state)
         stream, validation = load_data(args)
         start = begin(method, optimizer, state, validation, args)
-        parallel = method.train()
+        stop = stack.enter_context(stop_signals())  # until here there is nothing to save
+        parallel = method.train().day if args.day_only else method.train()
         if args.processes > 1:  # the projection head rests until the targets join
-            parallel = nn.parallel.DistributedDataParallel(method, find_unused_parameters=args.adapt_from > 0)
+            parallel = nn.parallel.DistributedDataParallel(
+                parallel, find_unused_parameters=args.adapt_from > 0
+            )
         feed, began = batches(stream, start, args), time.monotonic()
         batch, broken = drawn(feed)
         for step in range(start + 1, args.steps + 1):
@@ -82,7 +87,8 @@ def train(args, state=None):
                 again = "the same command" + ("" if args.demo else " with --resume")
                 say(f"stopped at step {step}; {again} goes on")
                 sys.exit(128 + (stop or [signal.SIGTERM])[0])
-            conclude(row, method, validation, args)
+            if ranks()[0] == 0:
+                conclude(row, method, validation, args)
             if lost:
                 raise broken or datasets.DataError("another process could not read its data")
             batch = following
@@ -122,28 +128,24 @@ def conclude(row, method, validation, args):
             tiles.extend([item["image"], datasets.colourise(prediction), datasets.colourise(item["label"])])
 
     if validation and is_due(row["step"], validation, args):
-        for buffer in method.buffers() if args.processes > 1 else ():  # the first one's statistics are saved
-            distributed.broadcast(buffer, 0)
-        network = getattr(method, "night", method)
-        result = evaluate.evaluate(network, validation, args.device, args.workers, each)
+        result = evaluate.evaluate(method.night, validation, args.device, args.workers, each)
         row = row | {name: result[name] for name in evaluate.MEANS}
         means = "  ".join(f"{name} {evaluate.percent(result[name]).strip()}" for name in evaluate.MEANS)
         say(f"step {row['step']}  at night: {means}")
         before = [float(old["miou_present"]) for old in log_rows(log) if old.get("miou_present")]
         if not (out / "best.pt").exists() or (result["miou_present"] or 0) > max(before, default=-1):
             save(checkpoint(args, row, method), out / "best.pt")
-    if ranks()[0] == 0:
-        write_row(log, row)
-        samples = grid(tiles, 3) if tiles else None
+    write_row(log, row)
+    samples = grid(tiles, 3) if tiles else None
+    if tiles:
+        TF.to_pil_image(samples).save(out / "samples.png")
+    if args.tensorboard:
+        writer = summary_writer(out / "tensorboard")
+        for name, value in row.items():
+            writer.add_scalar(name, value, row["step"])
         if tiles:
-            TF.to_pil_image(samples).save(out / "samples.png")
-        if args.tensorboard:
-            writer = summary_writer(out / "tensorboard")
-            for name, value in row.items():
-                writer.add_scalar(name, value, row["step"])
-            if tiles:
-                writer.add_image("samples", samples, row["step"])
-            writer.flush()
+            writer.add_image("samples", samples, row["step"])
+        writer.flush()
 
 
 @functools.cache
@@ -178,8 +180,8 @@ def autocast(args):
 
 
 def build(args, state=None):
-    """(method, optimizer) on their device: a CCDistill, or with --day-only the network alone. With a state
-    the initial weights are not read again."""
+    """(method, optimizer) on their device: a CCDistill, or with --day-only the network alone, as M_d and M_n.
+    With a state the initial weights are not read again."""
     torch.manual_seed(args.seed)
     if state:
         model = evaluate.rebuilt(state["path"], state)
@@ -187,7 +189,7 @@ def build(args, state=None):
         network = args.backbone, len(datasets.NAMES), args.output_stride, args.head
         model = models.DeepLab(*network, args.weights, args.input_format)
         say(f"network: {args.backbone}, output stride {args.output_stride}, weights: {args.weights}")
-    method = model if args.day_only else ccdistill.CCDistill(
+    method = nn.ModuleDict({"day": model, "night": model}) if args.day_only else ccdistill.CCDistill(
         model, args.night_weights, args.batch_norm, args.night_style, args.night_strength,
         projection=not args.no_projection, embedding_dim=args.embedding_dim,
         content_weight=args.content_weight, style_weight=args.style_weight, js_weight=args.js_weight,
@@ -195,7 +197,7 @@ def build(args, state=None):
         target_paired=args.pairs != "none", mix=not args.no_mix,
     )  # fmt: skip
     method = method.to(args.device, memory_format=torch.channels_last)
-    for network in {model, getattr(method, "night", model)} if args.compile else ():
+    for network in {method.day, method.night} if args.compile else ():
         network.compile()
     parameters = [p for p in method.parameters() if p.requires_grad]
     # Norms and biases are spared from weight decay.
@@ -233,17 +235,12 @@ def load_data(args):
     say(f"validation: {datasets.describe(validation, root) if validation else none}")
     pairs = [*zip(nights, days, strict=True)] if args.pairs != "none" else [(path,) for path in nights + days]
     groups = [*source, *pairs, *((s.image, night) for s, night in zip(source, synthetic, strict=False))]
-    problem = None
-    try:
-        if ranks()[0] == 0:  # every header is read once, by one process
-            datasets.check_sizes(groups, args.crop, say)
-            datasets.check_sizes(validation, say=say)
-            for found in filter(None, (source, validation)):
-                if warning := datasets.label_warning(found):
-                    say(warning)
-    except datasets.DataError as error:
-        problem = error
-    evaluate.tell_all(problem, args.device)
+    if ranks()[0] == 0:  # every header is read once, by one process
+        datasets.check_sizes(groups, args.crop, say)
+        datasets.check_sizes(validation, say=say)
+        for found in filter(None, (source, validation)):
+            if warning := datasets.label_warning(found):
+                say(warning)
     size = args.batch_size * args.processes
     stream = datasets.FourDomains(
         source, days, nights, args.crop, args.pairs != "none", synthetic, args.scale, args.seed,
@@ -258,35 +255,16 @@ def batches(stream, start, args):
     each step's samples every process takes its share."""
     size = args.batch_size
     firsts = range((start * args.processes + ranks()[0]) * size, len(stream), args.processes * size)
-    loader = torch.utils.data.DataLoader(
-        stream,
-        batch_sampler=[range(first, first + size) for first in firsts],
-        num_workers=args.workers,
-        worker_init_fn=leave_signals,
-        pin_memory=args.device.startswith("cuda"),
-        timeout=600 if args.workers else 0,  # nothing waits for ever
-        generator=torch.Generator(),  # of its own: a loader's start must not advance the global one
-    )
-    problem = None
-    try:
-        for batch in loader:
-            label = batch.pop("source_label").to(args.device, non_blocking=True).long()
-            images = {name: evaluate.to_float(image, args.device) for name, image in batch.items()}
-            yield images | {"source_label": label}
-    except (RuntimeError, datasets.DataError) as error:  # a worker's holds its traceback as text
-        problem = str(error).strip().splitlines()[-1].removeprefix("datasets.DataError: ")
-    if problem:  # anew, so that no frame keeps the loader and its workers
-        shm = "shared memory" in problem or "Bus error" in problem
-        hint = " (too little shared memory, /dev/shm: --workers 0 needs none)" if shm else ""
-        raise datasets.DataError(problem + hint)
 
+    def load(first):
+        batch = torch.utils.data.default_collate([stream[k] for k in range(first, first + size)])
+        pin = args.device.startswith("cuda")
+        return {name: tensor.pin_memory() if pin else tensor for name, tensor in batch.items()}
 
-def leave_signals(_):
-    """Loader workers leave Ctrl-C and SIGTERM to the parent, also what its group gets (torchrun, timeout)."""
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for batch in datasets.ahead(load, firsts, args.workers):
+        label = batch.pop("source_label").to(args.device, non_blocking=True).long()
+        images = {name: evaluate.to_float(image, args.device) for name, image in batch.items()}
+        yield images | {"source_label": label}
 
 
 def drawn(feed):
@@ -303,35 +281,29 @@ def drawn(feed):
 def checkpoint(args, row, method, optimizer=None):
     """What evaluate.py needs of a run; with the optimizer, all that the rest of the run depends on: what is
     random in a step depends on seed and step alone."""
-    weights = method.state_dict()
-    if args.day_only:
-        weights = {f"{light}.{name}": value for light in ("day", "night") for name, value in weights.items()}
     state = {"format": evaluate.FORMAT, "args": json.loads(json.dumps(vars(args))), "step": row["step"]}
-    state["architecture"] = getattr(method, "day", method).architecture
+    state |= {"architecture": method.day.architecture, "model": method.state_dict()}
     if optimizer is None:
-        return state | {"model": {k: v for k, v in weights.items() if k.startswith(("day.", "night."))}}
-    return state | {"model": weights, "optimizer": optimizer.state_dict(), "row": row}
+        kept = {k: v for k, v in state["model"].items() if k.startswith(("day.", "night."))}
+        return state | {"model": kept}
+    log = Path(args.out, "log.csv")  # the rows of the steps before
+    log = log.read_text() if log.exists() else ""
+    return state | {"optimizer": optimizer.state_dict(), "row": row, "log": log}
 
 
 def save(state, path):
     """Write a checkpoint, by one process, so that `path` always holds a whole one."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    try:
-        if ranks()[0] == 0:
-            datasets.write_whole(path, lambda file: file.write(buffer.getbuffer()))
-    except OSError as error:
-        raise OSError(f"{path}: not saved ({error.strerror}); what it held before is still whole") from None
+    if ranks()[0] == 0:
+        torch.save(state, buffer := io.BytesIO())
+        datasets.write_whole(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def begin(method, optimizer, state, validation, args):
-    """Put a checkpoint's content into its places, tidy the log, say where it starts. Returns the step."""
+    """Put a checkpoint's content, its log too, into its places and say where it starts. Returns the step."""
     out, log, start = Path(args.out), Path(args.out, "log.csv"), 0
     if state:
         weights, start = state["model"], state["step"]
         with evaluate.damage_told(state["path"]):
-            if args.day_only:
-                weights = {k.removeprefix("night."): v for k, v in weights.items() if k.startswith("night.")}
             # Another recipe may have no projection head or teachers, or have them where that one had none.
             own = method.state_dict() if args.init_from else weights
             fits = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
@@ -345,46 +317,38 @@ def begin(method, optimizer, state, validation, args):
                 for group, value in zip(optimizer.param_groups, decay, strict=True):
                     group["weight_decay"] = value
             else:
-                say("the optimizer begins anew: other parameters learn here")
+                say("the optimizer starts without the other run's momentum: it, or what it trains, differs")
         say(f"{'resumed' if args.resume else 'begun'} at step {start} of {state['path']}")
     if ranks()[0] == 0:
-        (out / "args.json").write_text(json.dumps(vars(args), indent=1))
-        write_log(log, [row for row in log_rows(log) if args.resume and int(row["step"]) <= start])
-    if args.resume and str(start) not in (row["step"] for row in log_rows(log)):
-        conclude(state["row"], method, validation, args)  # the step was saved, its row not yet written
+        for path, text in ((out / "args.json", json.dumps(vars(args), indent=1)), (log, "")):
+            text = state["log"] if args.resume and path == log else text
+            datasets.write_whole(path, lambda file, text=text: file.write(text.encode()))
+        if args.resume:  # a step is saved before its validation and its row
+            conclude(state["row"], method, validation, args)
     if start == args.steps:
         say(f"{out / 'last.pt'}: at step {start} of {args.steps} already, for evaluate.py")
     return start
 
 
 def log_rows(path):
-    """The whole rows of a log.csv, as dicts of text."""
-    header, *lines = (path.read_text() if path.exists() else "step\n").split("\n")[:-1]
-    cells = (line.split(",") for line in lines)
-    return [
-        dict(zip(header.split(","), row, strict=True)) for row in cells if len(row) == header.count(",") + 1
-    ]
-
-
-def write_log(path, rows):
-    names = list(dict.fromkeys(["step", *(name for row in rows for name in row)]))
-    text = "".join(",".join(line) + "\n" for line in [names, *(cells(row, names) for row in rows)])
-    datasets.write_whole(path, lambda file: file.write(text.encode()))
-
-
-def cells(row, names):
-    return ["" if row.get(name) is None else str(row[name]) for name in names]
+    """The rows of a log.csv, as dicts of text."""
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
 def write_row(path, row):
     """Append a step's row to the log; a column that is new is added to all rows."""
-    with open(path, "r+") as file:
+    with open(path, "a+") as file:
+        file.seek(0)
         names = file.readline().strip().split(",")
         if {*row} <= {*names}:
-            file.seek(0, os.SEEK_END)
-            file.write(",".join(cells(row, names)) + "\n")
+            csv.DictWriter(file, names, lineterminator="\n").writerow(row)
             return
-    write_log(path, [*log_rows(path), row])
+    rows, text = [*log_rows(path), row], io.StringIO()
+    names = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    datasets.write_whole(path, lambda file: file.write(text.getvalue().encode()))
 
 
 @contextlib.contextmanager
@@ -537,8 +501,9 @@ def going_on(args, given):
     FREE ones may differ. --init-from: a new run; every difference is printed. Raises ValueError."""
     path = Path(args.out, "last.pt") if args.resume is True else Path(args.resume or args.init_from)
     state, last = evaluate.checked(path, models.read_state(path)) | {"path": path}, Path(args.out, "last.pt")
-    if [type(state.get(name)) for name in ("args", "step", "row", "optimizer")] != [dict, int, dict, dict]:
-        raise ValueError(f"{path}: not a last.pt that a run can go on from (args, step, row, optimizer)")
+    kinds = {"args": dict, "step": int, "row": dict, "optimizer": dict, "log": str}
+    if [type(state.get(name)) for name in kinds] != [*kinds.values()]:
+        raise ValueError(f"{path}: not a last.pt that a run can go on from ({', '.join(kinds)})")
     if args.resume and last.exists() and not path.samefile(last):
         raise ValueError(f"{args.out}: holds another run; choose another --out to go on from {path}")
     then, now = dict(state["args"]), json.loads(json.dumps(vars(args)))
@@ -553,8 +518,12 @@ def going_on(args, given):
     if args.resume:
         here = {"out": args.out, "device": args.device}
         return argparse.Namespace(**vars(args) | state["args"] | given | here), state
-    if args.steps <= state["step"] or {"backbone", "output_stride", "head"} & {*differ}:
-        raise ValueError(f"{path}: is at step {state['step']}: more --steps and the same network are needed")
+    if args.steps <= state["step"]:
+        raise ValueError(f"{path}: is at step {state['step']}: give more --steps than that")
+    if network := {"backbone", "output_stride", "head", "input_format"} & {*differ}:
+        raise ValueError(f"{path}: holds another network: --{min(network).replace('_', '-')} must agree")
+    if given.get("weights", "none") != "none":
+        raise ValueError(f"--weights {args.weights}: the weights come from --init-from {path}; leave one out")
     say(f"differs from {path}: {changes or 'nothing'}")
     return args, state
 
@@ -565,6 +534,10 @@ def contradiction(args):
     last, own = Path(args.out, "last.pt"), args.demo or args.benchmark
     if last.exists() and not (args.resume or own):
         return f"{last}: exists; go on with --resume or choose another --out"
+    if not last.exists() and not own and any(Path(args.out, f).exists() for f in ("best.pt", "samples.png")):
+        return f"{args.out}: holds best.pt or samples.png of a run without its last.pt; choose another --out"
+    if args.json and (os.path.isdir(args.json) or (os.path.exists(args.json) and args.json[-5:] != ".json")):
+        return f"--json {args.json}: is there and no .json file; choose another name"
     if args.weights not in ("none", "imagenet") and not args.resume and not os.path.isfile(args.weights):
         return f"--weights {args.weights}: no such file; imagenet, none or a file"
     if not alone and not (args.cityscapes and (target or args.day_only)):
