@@ -131,6 +131,8 @@ def _read_pairs(table, known, images):
     for number, row in enumerate(rows, 1):
         stems = [cell.strip().replace("\\", "/").removeprefix("./").removeprefix("rgb_anon/") for cell in row]
         stems = [stem.removesuffix(".png").removesuffix("_rgb_anon") for stem in stems]
+        if stems[2:] == [""]:
+            stems.pop()  # a comma at the end
         if not any(stems) or (number == 1 and len(stems) == 2 and not any("/" in stem for stem in stems)):
             continue  # an empty line, a heading
         if len(stems) != 2 or not all(stem.isprintable() and stem for stem in stems):
@@ -213,7 +215,8 @@ def find_folder(root, name, must_exist=True):
     root = Path(root)
     if (root / name).is_dir():
         return root / name
-    inside = [path for path in sorted(root.glob(f"[!.]*/{name}")) if path.is_dir()]
+    inside = sorted(root.glob(f"[!.]*/{name}"))
+    inside = [path for path in inside if path.is_dir() and "__MACOSX" not in path.parts]  # a Mac's copy
     if len(inside) > 1:
         raise DataError(f"{root}: {name} is there more than once: {inside[0]}, {inside[1]}; name one of them")
     if not inside and must_exist:
@@ -263,6 +266,8 @@ class FourDomains(torch.utils.data.Dataset):
         return self.length
 
     def __getitem__(self, k):
+        if not 0 <= k < self.length:
+            raise IndexError(k)  # which also ends a loop over the stream
         rng = random.Random(f"{self.seed} {k} 0")
 
         def pick(domain, files):  # a new order for every pass over the files

@@ -699,7 +699,7 @@ def test_what_is_incomplete_or_there_twice(tree):
 PAIR = "train/night/DEMO_night/DEMO_night_frame_000002", "train/day/DEMO_day/DEMO_day_frame_000004"
 LINE = ",".join(PAIR)
 CSVS = {  # what a list holds, and what is wrong with it
-    "plain": (LINE, ""), "BOM, CRLF, blank lines": (f"\ufeff\r\n {PAIR[0]} , {PAIR[1]} \r\n  \r\n", ""),
+    "plain": (LINE, ""), "a comma at the end": (f"{LINE},", ""), "BOM, CRLF, blank lines": (f"\ufeff\r\n {PAIR[0]} , {PAIR[1]} \r\n  \r\n", ""),
     "a heading": (f"night,day\n{LINE}", ""), "days first": (",".join(PAIR[::-1]), ""),
     "quotes": (f'"{PAIR[0]}","{PAIR[1]}"', ""), "backslashes": (LINE.replace("/", "\\"), ""),
     "endings": (",".join(f"./rgb_anon/{stem}_rgb_anon.png" for stem in PAIR), ""), "blank": ("\n", "no pair"),
@@ -1145,7 +1145,7 @@ def test_resuming_takes_the_runs_arguments_and_refuses_others(city, checkpoint, 
     refused(capsys, arguments(city, out, "--steps", 2), "last.pt: exists; go on with --resume")
     for told, more in (
         ("another run: --steps 2 there, 3 here; leave it out", "--steps 3"), ("--lr 0.0005 there", "--lr 1"),
-        ("--target darkzurich there, acdc here", "--acdc x"), ("--crop [32, 64] there", "--crop 64 64"),
+        ("target darkzurich there, acdc here", "--acdc x"), ("--crop [32, 64] there", "--crop 64 64"),
         ("--no-mix False there, True here", "--no-mix"), ("cannot be read (No such file", f"--out {new}"),
         ("best.pt: not a last.pt that a run can go on from", f"{out}/best.pt --out {new}"),
     ):  # fmt: skip

@@ -105,7 +105,7 @@ def losses_of(parallel, batch, step, args):
 def exchange(terms, method, stop, broken, args):
     """The one message of a step, from the device and between processes: (dict of the terms, their means over
     processes, and of the gradient's norm; does any process want to stop; has any lost its data)."""
-    numbers = {name: term.detach() for name, term in terms.items()}
+    numbers = {name: torch.as_tensor(term, device=args.device).detach() for name, term in terms.items()}
     numbers["gradient"] = nn.utils.get_total_norm([p.grad for p in method.parameters() if p.grad is not None])
     told = torch.stack([value.double() for value in numbers.values()])
     told = torch.cat([told, told.new_tensor([stop, broken])])
@@ -326,7 +326,7 @@ def begin(method, optimizer, state, validation, args):
         if args.resume:  # a step is saved before its validation and its row
             conclude(state["row"], method, validation, args)
     if start == args.steps:
-        say(f"{out / 'last.pt'}: at step {start} of {args.steps} already, for evaluate.py")
+        say(f"{state['path']}: at step {start} of {args.steps} already, for evaluate.py")
     return start
 
 
@@ -511,19 +511,24 @@ def going_on(args, given):
         told["target"] = "acdc" if told["acdc"] else "darkzurich"
     asked = {*given, "processes"} | ({"target"} if {"acdc", "darkzurich"} & {*given} else set())
     differ = [n for n in now if n not in FREE and now[n] != then.get(n) and (n in asked or args.init_from)]
-    changes = "; ".join(f"--{n.replace('_', '-')} {then.get(n)} there, {now[n]} here" for n in differ)
+
+    def option(name):
+        return name if name == "target" else f"--{name.replace('_', '-')}"
+
+    changes = "; ".join(f"{option(n)} {then.get(n)} there, {now[n]} here" for n in differ)
     if args.resume and differ:
         way_out = "leave it out, or begin another run from there: --init-from FILE --out NEW"
+        way_out = "choose another --out" if args.demo else way_out
         raise ValueError(f"{path}: another run: {changes}; {way_out}")
     if args.resume:
         here = {"out": args.out, "device": args.device}
         return argparse.Namespace(**vars(args) | state["args"] | given | here), state
+    if given.get("weights", "none") != "none":
+        raise ValueError(f"--weights {args.weights}: the weights come from --init-from {path}; leave one out")
     if args.steps <= state["step"]:
         raise ValueError(f"{path}: is at step {state['step']}: give more --steps than that")
     if network := {"backbone", "output_stride", "head", "input_format"} & {*differ}:
-        raise ValueError(f"{path}: holds another network: --{min(network).replace('_', '-')} must agree")
-    if given.get("weights", "none") != "none":
-        raise ValueError(f"--weights {args.weights}: the weights come from --init-from {path}; leave one out")
+        raise ValueError(f"{path}: holds another network: {option(min(network))} must agree")
     say(f"differs from {path}: {changes or 'nothing'}")
     return args, state
 
