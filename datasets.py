@@ -251,7 +251,7 @@ class FourDomains(torch.utils.data.Dataset):
     target_day, target_night and, where `synthetic` paths are given, source_night.
 
     Everything random about item k comes from (seed, k) alone, k counting samples from the first step on:
-    loader workers and resumed runs see the same items. source: [Sample]; days, nights: paths, element i of
+    decoding threads and resumed runs see the same items. source: [Sample]; days, nights: paths, element i of
     both showing one place if `paired`. scale: range of the resizing before the crop. Before item
     `targets_from` no target_day is decoded, and no target_night unless S_n takes its style from it.
     """

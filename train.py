@@ -411,7 +411,7 @@ def arguments_parser():
     add("--crop", type=number(32, 10**5, int), nargs=2, default=(512, 512), help="height and width")
     add("--scale", type=number(0.01, 100), nargs=2, default=(0.5, 1.0), help="of the image before the crop")
     add("--cache", type=path, help="keep decoded images there (Cityscapes and Dark Zurich: 59 GB)")
-    add("--workers", type=number(0, 256, int), default=processors(), help="decoding processes")
+    add("--workers", type=number(0, 256, int), default=processors(), help="decoding threads")
 
     add = parser.add_argument_group("network").add_argument
     add("--backbone", choices=models.BACKBONES, default="resnet18", help="torchvision's ResNet")
@@ -465,7 +465,7 @@ def arguments_parser():
 
 
 def processors():
-    """How many decoding processes this machine feeds, shared among the processes of a torchrun node."""
+    """How many decoding threads this machine feeds, shared among the processes of a torchrun node."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
 
