@@ -257,11 +257,11 @@ def batches(stream, start, args):
     firsts = range((start * args.processes + ranks()[0]) * size, len(stream), args.processes * size)
 
     def load(first):
-        batch = torch.utils.data.default_collate([stream[k] for k in range(first, first + size)])
-        pin = args.device.startswith("cuda")
-        return {name: tensor.pin_memory() if pin else tensor for name, tensor in batch.items()}
+        return torch.utils.data.default_collate([stream[k] for k in range(first, first + size)])
 
     for batch in datasets.ahead(load, firsts, args.workers):
+        if args.device.startswith("cuda"):  # from pinned memory a copy does not wait for the device
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
         label = batch.pop("source_label").to(args.device, non_blocking=True).long()
         images = {name: evaluate.to_float(image, args.device) for name, image in batch.items()}
         yield images | {"source_label": label}
