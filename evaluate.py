@@ -189,7 +189,12 @@ def checked(path, state):
 def rebuilt(path, state):
     """The DeepLab that a checked state describes, not yet with its weights."""
     with damage_told(path):
-        return models.DeepLab(**state["architecture"] | {"weights": "none"})
+        kind = dict(state["architecture"])
+        branches = kind.pop("branches", None)  # of earlier checkpoints: classifiers of a multi-level v2 file
+        model = models.DeepLab(**kind | {"weights": "none"})
+        if branches and kind["head"] == "deeplabv2":
+            del model.classifier[branches:]
+        return model
 
 
 @contextlib.contextmanager

@@ -360,6 +360,17 @@ def test_deeplab_v2_files_give_their_logits(tmp_path, multi_level, input_format)
         close(again(images, upsample=False)[1], logits, 1e-4)
     assert logits.std() > 0.01 and description["architecture"] == ours.architecture
     torch.save({"architecture": ours.architecture, "model": prefixed(ours.state_dict(), "night.")}, path)
+    state = {
+        k: v
+        for k, v in ours.state_dict().items()
+        if not (multi_level and k[:12] in ("classifier.2", "classifier.3"))
+    }
+    earlier = ours.architecture | {"branches": 2 if multi_level else 4}
+    torch.save(
+        {"format": 2, "architecture": earlier, "model": prefixed(state, "night.")}, tmp_path / "old.pt"
+    )
+    with torch.no_grad():
+        close(evaluate.load_model(tmp_path / "old.pt")[0](images, upsample=False)[1], logits, 1e-4)
     other = ours.architecture | {"input_format": "caffe" if input_format == "imagenet" else "imagenet"}
     fails(ValueError, f"wants --input-format {input_format}, not", models.DeepLab, **other, weights=path)
 

@@ -501,7 +501,8 @@ def going_on(args, given):
     FREE ones may differ. --init-from: a new run; every difference is printed. Raises ValueError."""
     path = Path(args.out, "last.pt") if args.resume is True else Path(args.resume or args.init_from)
     state, last = evaluate.checked(path, models.read_state(path)) | {"path": path}, Path(args.out, "last.pt")
-    kinds = {"args": dict, "step": int, "row": dict, "optimizer": dict, "log": str}
+    kinds = {"args": dict, "step": int, "row": dict, "optimizer": dict}
+    kinds |= {"log": str} if args.resume else {}  # checkpoints of before have none
     if [type(state.get(name)) for name in kinds] != [*kinds.values()]:
         raise ValueError(f"{path}: not a last.pt that a run can go on from ({', '.join(kinds)})")
     if args.resume and last.exists() and not path.samefile(last):
