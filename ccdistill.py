@@ -48,20 +48,21 @@ class CCDistill(nn.Module):
     """
 
     def __init__(self, model, night_weights="norm", batch_norm="domain", night_style="random",
-                 night_strength=None, projection=True, embedding_dim=128, content_weight=1.0,
-                 style_weight=1.0, js_weight=0.1, pseudo_weight=1.0, pseudo_threshold=0.9,
-                 target_paired=True, mix=True, num_static=11):  # fmt: skip
+                 projection=True, content_weight=1.0, style_weight=1.0, js_weight=0.1, pseudo_weight=1.0,
+                 pseudo_threshold=0.9, target_paired=True, mix=True, num_static=11):  # fmt: skip
         super().__init__()
         if batch_norm not in BATCH_NORMS:
             raise ValueError(f"batch norm must be one of {BATCH_NORMS}, got {batch_norm!r}")
         if night_style not in NIGHT_STYLES:
             raise ValueError(f"night style must be one of {NIGHT_STYLES}, got {night_style!r}")
+        if num_static < 0:
+            raise ValueError(f"num_static: so many classes stand still, 0 or more, not {num_static}")
         if batch_norm == "domain":
             with_domain_norms(model)
         self.day, self.night = model, night_model(model, night_weights)
-        self.projection = ProjectionHead(model.feature_channels, embedding_dim) if projection else None
+        self.projection = ProjectionHead(model.feature_channels) if projection else None
         self.night_weights, self.target_paired, self.num_static = night_weights, target_paired, num_static
-        self.night_style, self.night_strength = night_style, night_strength
+        self.night_style = night_style
         self.content_weight, self.style_weight, self.js_weight = content_weight, style_weight, js_weight
         self.pseudo_weight, self.pseudo_threshold = pseudo_weight, pseudo_threshold
         self.day_teacher = self.night_teacher = None
@@ -77,13 +78,17 @@ class CCDistill(nn.Module):
         adapt=False: the targets stay out (T_n lends its style only), and their terms do not exist.
         """
         s_d, label, s_n = batch["source_day"], batch["source_label"], batch.get("source_night")
+        if label.dtype != torch.int64 or label.shape != s_d[:, 0].shape:
+            got = f"{label.dtype} {tuple(label.shape)}"
+            raise ValueError(f"source_label: expected int64 {tuple(s_d[:, 0].shape)}, got {got}")
         if s_n is None:  # Trans
-            s_n = night_style(s_d, batch["target_night"], self.night_style, self.night_strength)
+            s_n = night_style(s_d, batch["target_night"], self.night_style)
         if adapt:
             t_d, t_n, lesson = batch["target_day"], batch["target_night"], None
             if not s_d.shape == s_n.shape == t_d.shape == t_n.shape:
                 shapes = ", ".join(f"{name} {tuple(images.shape)}" for name, images in batch.items())
                 raise ValueError(f"the four domains must have one shape, got {shapes}")
+            _check_range(s_d, s_n, t_d, t_n)
             if self.night_teacher:
                 t_d, t_n, lesson = self.lesson(s_n, label, t_d, t_n)
             (f_sd, p_sd), (f_td, p_td) = features_and_logits(self.day, s_d, t_d)
@@ -135,8 +140,8 @@ class CCDistill(nn.Module):
         c_tn, y_tn = most_probable(p_tn, p_td if self.target_paired else None, self.num_static)
         confident = [(c >= self.pseudo_threshold).float() for c in (c_td, c_tn)]
         w_td, w_tn = (c.mean((1, 2), keepdim=True).expand_as(c) for c in confident)
-        paste = torch.rand(len(label), 256, device=label.device) < 0.5
-        paste = paste.gather(1, label.flatten(1)).view_as(label) & (label != 255)
+        coins = torch.rand(len(label), 256, device=label.device) < 0.5  # one for each class
+        paste = coins.gather(1, label.flatten(1).clamp(0, 255)).view_as(label) & (label != 255)
         y_tn, w_tn = torch.where(paste, label, y_tn), torch.where(paste, 1.0, w_tn)
         with torch.autocast(t_n.device.type, enabled=False):
             t_n = torch.where(paste[:, None], s_n, t_n)
@@ -195,20 +200,38 @@ def share_all_but_norms(day, night, night_weights):
             mine._parameters.update(theirs._parameters)
 
 
+@torch.no_grad()
+def take_night_statistics(network, nights):
+    """Give M_n's batch norms the statistics of real target nights, in place, when training has ended (ours).
+
+    In training their running statistics are those of S_n, which has labels but is only styled as night; the
+    weights stay (AdaBN; Li et al., 2017). nights: batches (B, 3, H, W) of T_n, each counted alike.
+    """
+    norms = [m for m in network.eval().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train().reset_running_stats()
+        norm.momentum = None  # a plain average over the batches
+    for images in nights:
+        network(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    network.eval()
+
+
 # ---- Trans: S_d in the light of T_n ------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def night_style(day, night, method="random", strength=None):
+def night_style(day, night, method="random"):
     """The light of `night` on the content of `day`, without a trained network (our choice).
 
     fda: the lowest spatial frequencies take the night's amplitude and keep their phase (Yang & Soatto, CVPR
-    2020); strength is the paper's beta, the half-width of the exchanged window as a share of the shorter
-    side, 0.01 if not given. color: each RGB channel takes the night's mean and standard deviation (after
+    2020, with their beta 0.01). color: each RGB channel takes the night's mean and standard deviation (after
     Reinhard et al., 2001, who did it in another colour space). histogram: each channel takes the night's
-    whole histogram. random: one of the last two, drawn for each image. Their strength blends from 0 (day) to
-    1, the default. day: (B, 3, H, W), night: (B or 1, 3, any, any), float RGB in [0, 1]. Returns (B, 3, H, W)
-    float32 in [0, 1]. Raises ValueError on an unknown method, other shapes or other values.
+    whole histogram. random: one of the last two, drawn for each image. day: (B, 3, H, W), night: (B or 1, 3,
+    any, any), float RGB in [0, 1]. Returns (B, 3, H, W) float32 in [0, 1]. Raises ValueError on an unknown
+    method, other shapes or other values.
     """
     if method not in NIGHT_STYLES:
         raise ValueError(f"night style must be one of {NIGHT_STYLES}, got {method!r}")
@@ -217,20 +240,22 @@ def night_style(day, night, method="random", strength=None):
         raise ValueError(f"expected (B, 3, H, W) twice, got {shapes}")
     with torch.autocast(day.device.type, enabled=False):
         day, night = day.float(), night.float()
-        low, high = torch.stack([*day.aminmax(), *night.aminmax()]).aminmax()
-        if not (low >= 0 and high <= 1):
-            raise ValueError(f"expected RGB in [0, 1], not normalised, got {low:.3g} to {high:.3g}")
-        if method == "fda":
-            return _low_frequencies(day, night, 0.01 if strength is None else strength).clamp(0, 1)
+        _check_range(day, night)
         if method == "random":
             coin = torch.rand(len(day), 1, 1, 1, device=day.device) < 0.5
-            styled = torch.where(coin, _colors(day, night), _histograms(day, night))
-        else:
-            styled = (_colors if method == "color" else _histograms)(day, night)
-        return torch.lerp(day, styled, 1.0 if strength is None else strength).clamp(0, 1)
+            return torch.where(coin, _colors(day, night), _histograms(day, night)).clamp(0, 1)
+        style = {"fda": _low_frequencies, "color": _colors, "histogram": _histograms}[method]
+        return style(day, night).clamp(0, 1)
 
 
-def _low_frequencies(day, night, beta):
+def _check_range(*images):
+    """Raise ValueError unless all values are in [0, 1]. One exchange with the device."""
+    low, high = torch.stack([limit.float() for x in images for limit in x.aminmax()]).aminmax()
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"expected RGB in [0, 1], not normalised, got {low:.3g} to {high:.3g}")
+
+
+def _low_frequencies(day, night, beta=0.01):
     height, width = day.shape[2:]
     night = F.interpolate(night, (height, width), mode="bilinear", antialias=True)
     spectrum, target = torch.fft.rfft2(day), torch.fft.rfft2(night).abs()

@@ -12,6 +12,7 @@ never data.
 
 import collections
 import concurrent.futures
+import contextlib
 import csv
 import functools
 import hashlib
@@ -125,6 +126,8 @@ def targets(layout, root, pairs="corresp"):
 def _read_pairs(table, known, images):
     """Yield (night, day) paths of a csv of NIGHT,DAY lines: stems relative to `images`, keys of `known`."""
     try:
+        if table.exists() and not table.is_file():
+            raise OSError("a folder, a pipe or a device, no file")
         rows = list(csv.reader(table.read_text("utf-8-sig").splitlines()))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{table}: not a readable csv ({_reason(error)})") from None
@@ -159,6 +162,8 @@ def pictures(paths):
     formats, subfolders). Raises DataError."""
     found, skipped = [], []
     for path in map(Path, paths):
+        if not path.exists():
+            raise DataError(f"{path}: no such file")
         inside = sorted(p for p in path.iterdir() if not p.name.startswith(".")) if path.is_dir() else [path]
         files = [p for p in inside if p == path or (p.suffix.lower() in PICTURES and not p.is_dir())]
         if not files:
@@ -193,19 +198,21 @@ def check_sizes(groups, crop=None, say=print):
 
 
 def label_warning(found):
-    """What is odd about some 30 labels, spread over a split, as one line, or None."""
-    spread, small, void = found[:: -(-len(found) // 30)], 0, 0
+    """Read some 30 labels, spread over a split. Returns what is odd about them as one line, or None. Raises
+    DataError on an impossible value."""
+    spread, small, void = found[:: -(-len(found) // 30)], [], 0
     for sample in spread:
         image, kind = _stored_label(sample.label)
         values = [value for value, count in enumerate(image.histogram()[:IGNORE]) if count]
-        void += all(TABLES[kind][value] in (IGNORE, None) for value in values)
-        small += kind == "labelIds" and max(values, default=0) < len(CLASSES)
+        void += open_label(sample.label).getextrema()[0] == IGNORE
+        if kind == "labelIds" and max(values, default=0) < len(CLASSES):
+            small.append(sample.label)
     what = f"warning: {found[0].label.parent.parent}: of {len(spread)} labels looked at"
     if void == len(spread):
         return f"{what}, every pixel is void (ignored)"
-    if 2 * small >= len(spread):
+    if small:
         way_out = "trainIds? Then name them _labelTrainIds.png"
-        return f"{what}, {small} are named labelIds and hold no value above 18: {way_out}"
+        return f"{what}, {len(small)} are named labelIds and hold no value above 18 ({small[0]}): {way_out}"
     return None
 
 
@@ -475,18 +482,27 @@ def _reason(error):
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
+@contextlib.contextmanager
+def written(path, otherwise=""):
+    """An OSError inside (a full disk, no permission) is raised with the name of the file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path}: not written ({_reason(error)}){otherwise}") from None
+
+
 def write_whole(path, write):
     """write(file) so that `path` holds what it held or all of the new: written aside, flushed, renamed."""
-    aside = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-    before = "; what it held before is still whole" if os.path.exists(path) else ""
+    aside, there = f"{path}.{uuid.uuid4().hex[:8]}.tmp", os.path.exists(path)
     try:
-        with open(aside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        raise OSError(f"{path}: not written ({_reason(error)}){before}") from None
+        with written(path, "; what it held before is still whole" if there else ""):
+            if there and not os.path.isfile(path):
+                raise OSError("a folder, a pipe or a device is there")
+            with open(aside, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
     finally:
         Path(aside).unlink(missing_ok=True)
 

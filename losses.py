@@ -23,6 +23,8 @@ def correlation(a, b):
     """
     a, b = _checked("(B, ...)", a=a, b=b)
     rows = torch.cat([a, b]).flatten(1)
+    largest = rows.detach().abs().amax(1, keepdim=True)
+    rows = rows / largest.masked_fill(largest == 0, 1)  # no cosine changes, and no square overflows
     length = rows.norm(dim=1, keepdim=True)
     unit = rows * (1 / length.masked_fill(length == 0, 1)).masked_fill(length == 0, 0)
     return _product(unit, unit.T)
@@ -99,13 +101,17 @@ def style_distill(f_source_day, f_source_night, f_target_day, f_target_night, ta
 
 def segmentation_loss(logits, labels, weights=None, ignore_index=255):
     """Cross-entropy, mean over the pixels whose label is not `ignore_index`; 0 where there is none (not nan).
-    logits: (B, K, H, W). labels: (B, H, W) int64 in 0..K-1 or `ignore_index`. weights: of each pixel's loss,
-    (B, H, W). Returns a scalar."""
+    logits: (B, K, H, W). labels: (B, H, W) int64 in 0..K-1 or `ignore_index`; others raise ValueError on a
+    CPU and a device error on a GPU. weights: of each pixel's loss, (B, H, W). Returns a scalar."""
     (logits,) = _checked("(B, K, H, W)", logits=logits)
+    _checked("(B, H, W)", labels=labels, **({} if weights is None else {"weights": weights}))
     if labels.dtype != torch.int64 or labels.shape != logits[:, 0].shape:
         wanted, got = tuple(logits[:, 0].shape), f"{labels.dtype} {tuple(labels.shape)}"
         raise ValueError(f"labels: expected int64 {wanted}, one for each pixel of the logits, got {got}")
-    pixels = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
+    try:
+        pixels = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
+    except IndexError as error:
+        raise ValueError(f"labels: not in 0..{logits.shape[1] - 1} nor {ignore_index} ({error})") from None
     pixels = pixels if weights is None else pixels * weights
     return pixels.sum() / (labels != ignore_index).sum().clamp(min=1)
 
@@ -132,7 +138,7 @@ def most_probable(night_logits, day_logits=None, num_static=11):
     given = {"night_logits": night_logits} | ({} if day_logits is None else {"day_logits": day_logits})
     night, *day = (logits.softmax(1) for logits in _checked("(B, K, H, W)", **given))
     probability, classes = night.max(1)
-    if day:
+    if day and num_static > 0:
         mean_probability, mean_classes = ((night + day[0]) / 2)[:, :num_static].max(1)
         static = classes < num_static
         probability = torch.where(static, mean_probability, probability)

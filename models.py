@@ -5,6 +5,7 @@ features, logits = model(images)        images (B, 3, H, W) float RGB in [0, 1]
 """
 
 import contextlib
+import os
 import re
 import warnings
 from collections import OrderedDict
@@ -16,59 +17,37 @@ from torch import nn
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")  # any of torchvision's ResNets may stand here
-HEADS = ("aspp", "deeplabv2")
 ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}  # DeepLab v3 (Chen et al., 2017), by output stride
-V2_RATES = (6, 12, 18, 24)  # DeepLab v2 (Chen et al., 2016)
-# Scale, mean, std: of torchvision, DANNet and most others; of Caffe and AdaptSegNet, whose channels are BGR.
-INPUT_FORMATS = {
-    "imagenet": (1, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "caffe": (255, (104.00698793, 116.66876762, 122.67891434), (1, 1, 1)),
-}
 
 
 class DeepLab(nn.Module):
     """A dilated ResNet under atrous spatial pyramid pooling, with torchvision's key names.
 
-    backbone: one of BACKBONES. output_stride: 8 or 16. head: "aspp" (DeepLab v3, torchvision's
-    `deeplabv3_*`), or "deeplabv2" (a sum of dilated classifiers on layer4, as AdaptSegNet and DANNet have it;
-    resnet50 or resnet101 at output stride 8). weights: "none", "imagenet" (torchvision's IMAGENET1K_V1,
-    downloaded on first use) or the path of a state dict (see `load_weights`). input_format: what the weights
-    expect, "imagenet" or "caffe" (BGR 0-255 minus a mean, AdaptSegNet's); images are RGB in [0, 1] all the
-    same. Raises ValueError on what it does not know.
+    backbone: one of BACKBONES. output_stride: 8 or 16. weights: "none", "imagenet" (torchvision's
+    IMAGENET1K_V1, downloaded on first use) or the path of a state dict (see `load_weights`). Raises
+    ValueError on what it does not know.
     """
 
-    def __init__(self, backbone="resnet18", num_classes=19, output_stride=16, head="aspp", weights="none",
-                 input_format="imagenet"):  # fmt: skip
+    feature_channels = 256
+
+    def __init__(self, backbone="resnet18", num_classes=19, output_stride=16, weights="none"):
         super().__init__()
         # What a checkpoint needs in order to build this model again.
         self.architecture = {"backbone": backbone, "num_classes": num_classes, "output_stride": output_stride}
-        self.architecture |= {"head": head, "input_format": input_format}
-        choices = {"backbone": BACKBONES, "output_stride": (8, 16), "head": HEADS}
-        for name, known in (choices | {"input_format": tuple(INPUT_FORMATS)}).items():
+        for name, known in {"backbone": BACKBONES, "output_stride": tuple(ATROUS_RATES)}.items():
             if self.architecture[name] not in known:
                 raise ValueError(f"{name} must be one of {known}, got {self.architecture[name]!r}")
         resnet = getattr(torchvision.models, backbone)(weights=None)
-        channels = resnet.fc.in_features
-        if head == "aspp":
-            dilate([resnet.layer4] if output_stride == 16 else [resnet.layer3, resnet.layer4])
-            self.feature_channels = 256
-            # A plain Sequential: ASPP, 3 x 3 convolution, norm, ReLU, classifier.
-            self.classifier = nn.Sequential(*DeepLabHead(channels, num_classes, ATROUS_RATES[output_stride]))
-            self.classifier[0].convs[-1][2] = PooledNorm(256)
-        elif output_stride == 8 and channels == 2048:
-            as_deeplab_v2(resnet)
-            self.feature_channels = channels
-            convs = (nn.Conv2d(channels, num_classes, 3, padding=r, dilation=r) for r in V2_RATES)
-            self.classifier = nn.ModuleList(convs)
-        else:
-            wanted = "resnet50 or resnet101 at output_stride 8"
-            raise ValueError(f"head deeplabv2 needs {wanted}, not {backbone} at {output_stride}")
+        dilate([resnet.layer4] if output_stride == 16 else [resnet.layer3, resnet.layer4])
         # All but avgpool and fc.
         self.backbone = nn.Sequential(OrderedDict(list(resnet.named_children())[:-2]))
-        self.scale, mean, std = INPUT_FORMATS[input_format]
+        # A plain Sequential: ASPP, 3 x 3 convolution, norm, ReLU, classifier.
+        head = DeepLabHead(resnet.fc.in_features, num_classes, ATROUS_RATES[output_stride])
+        self.classifier = nn.Sequential(*head)
+        self.classifier[0].convs[-1][2] = PooledNorm(256)
         # Not in the state dict: torchvision's files do not have them.
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
         load_weights(self, weights)
 
     def forward(self, images, upsample=True):
@@ -78,24 +57,15 @@ class DeepLab(nn.Module):
         H, W), or (B, num_classes, h, w) with upsample=False; h is about H / output_stride. Raises ValueError
         on other shapes.
         """
-        if (
-            images.ndim != 4
-            or images.shape[1] != 3
-            or min(images.shape[2:]) < 32
-            or images.dtype == torch.uint8
-        ):
-            got = f"{tuple(images.shape)} {images.dtype}"
+        shape, uint8 = images.shape, images.dtype == torch.uint8
+        if len(shape) != 4 or shape[1] != 3 or min(shape[2:]) < 32 or uint8:
+            got = f"{tuple(shape)} {images.dtype}"
             raise ValueError(f"expected float images (B, 3, H, W), H and W at least 32, got {got}")
-        images = images.flip(1) if self.architecture["input_format"] == "caffe" else images
-        features = self.backbone((images * self.scale - self.mean) / self.std)
-        if self.architecture["head"] == "deeplabv2":
-            logits = sum(conv(features) for conv in self.classifier)
-        else:
-            features = self.classifier[:-1](features)
-            logits = self.classifier[-1](features)
+        features = self.classifier[:-1](self.backbone((images - self.mean) / self.std))
+        logits = self.classifier[-1](features)
         if upsample:  # in float32, channel after channel: on a CPU a quarter faster than what autocast leaves
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
-            logits = F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=False)
+            logits = F.interpolate(logits, shape[2:], mode="bilinear", align_corners=False)
         return features, logits
 
 
@@ -183,28 +153,16 @@ def dilate(layers):
         conv.stride = (1, 1)
 
 
-def as_deeplab_v2(resnet):
-    """Turn a Bottleneck ResNet, in place, into the one of the public DeepLab v2 files: stride in the first
-    convolution of a block, ceil-mode pooling, and every block of layer3 and layer4 dilated alike."""
-    # ceil_mode=True in other words, which torch.export can follow: behind a ReLU, zeros never win.
-    resnet.maxpool = nn.Sequential(nn.ConstantPad2d((0, 1, 0, 1), 0.0), nn.MaxPool2d(3, 2, 1))
-    resnet.layer2[0].conv1.stride, resnet.layer2[0].conv2.stride = (2, 2), (1, 1)
-    for layer, dilation in ((resnet.layer3, 2), (resnet.layer4, 4)):
-        dilate([layer])
-        for block in layer:
-            block.conv2.dilation = block.conv2.padding = (dilation, dilation)
-
-
 # ---- weights -----------------------------------------------------------------------------------------------
 
 
 def load_weights(model, weights, strict=False):
     """Initialise a DeepLab from "none", "imagenet" or the path of a state dict.
 
-    A path may hold a DeepLab or torchvision segmentation state dict, a DeepLab v2 of AdaptSegNet or DANNet,
-    an ImageNet ResNet's (the head then starts from scratch) or a checkpoint of train.py (its M_n). A
-    classifier for another number of classes is left out with a warning, unless `strict`, which also wants a
-    head. Anything else that does not fit raises ValueError naming the keys.
+    A path may hold a state dict of DeepLab, of torchvision's `deeplabv3_*` or of a ResNet (the head then
+    starts from scratch), or a checkpoint of train.py (its M_n). A classifier for another number of classes is
+    left out with a warning, unless `strict`, which also wants a head. Anything else that does not fit raises
+    ValueError naming the keys.
     """
     if weights == "none":
         return
@@ -216,10 +174,9 @@ def load_weights(model, weights, strict=False):
             way_out = f"download {public.url} and give --weights its path, or give --weights none"
             raise ValueError(f"imagenet weights cannot be fetched ({one_line(error)}); {way_out}") from None
     else:
-        state = read_weights(weights, model.architecture["input_format"])
-    own = model.state_dict()
-    last = "classifier.4." if model.architecture["head"] == "aspp" else "classifier."
-    other = any(k.startswith(last) and v.ndim and len(v) != len(own.get(k, v)) for k, v in state.items())
+        state = read_weights(weights)
+    own, last = model.state_dict(), "classifier.4."
+    other = any(k.startswith(last) and v.shape[:1] != own[k].shape[:1] for k, v in state.items() if k in own)
     if other and not strict:
         warnings.warn(f"{weights}: its classifier, for another number of classes, is left out", stacklevel=2)
         state = {k: v for k, v in state.items() if not k.startswith(last)}
@@ -231,27 +188,29 @@ def load_weights(model, weights, strict=False):
     try:
         model.load_state_dict(kept | state)
     except RuntimeError as error:
-        name = f"{model.architecture['backbone']} with head {model.architecture['head']}"
+        name = f"DeepLab with {model.architecture['backbone']}"
         raise ValueError(f"{weights}: does not fit {name}: {one_line(error)[:300]}") from None
+    if bad := [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]:
+        raise ValueError(f"{weights}: {bad[0]} holds nan or infinite values")
 
 
 def architecture_of(path):
-    """What a public segmentation file holds, as arguments of DeepLab; all are at output stride 8. Raises
-    ValueError if it is none with a ResNet-50 or 101 and a classifier."""
-    state = read_weights(path)
+    """The arguments of DeepLab for a file of torchvision's `deeplabv3_*` (output stride 8). Raises ValueError
+    if it is none with a ResNet-50 or 101 and a classifier."""
+    state, last = read_weights(path), "classifier.4.weight"
     depth = len({key.split(".")[2] for key in state if key.startswith("backbone.layer3.")})
     name = {6: "resnet50", 23: "resnet101"}.get(depth if "backbone.layer3.0.conv3.weight" in state else None)
-    heads = {"classifier.4.weight": "aspp", "classifier.0.weight": "deeplabv2"}
-    last = next((key for key in heads if key in state and state[key].ndim), None)
-    if name is None or last is None:
-        what = "a DeepLab v3 nor v2 state dict (ResNet-50 or 101, with its classifier)"
-        raise ValueError(f"{path}: neither {what}")
-    return {"backbone": name, "num_classes": len(state[last]), "output_stride": 8, "head": heads[last]}
+    if name is None or last not in state or not state[last].ndim:
+        what = "a DeepLab v3 state dict (ResNet-50 or 101, with its classifier)"
+        raise ValueError(f"{path}: neither a checkpoint of train.py nor {what}")
+    return {"backbone": name, "num_classes": len(state[last]), "output_stride": 8}
 
 
 def read_state(path):
     """The content of a torch file, on the CPU, no code of it run. Raises ValueError in one line."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("a folder, a pipe or a device, no file")
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
@@ -264,15 +223,10 @@ def read_state(path):
         raise ValueError(f"{path}: not a file of tensors ({reason})") from None
 
 
-def read_weights(path, input_format=None):
-    """The state dict in a file, in our names; wrapped ({"model": ...}) or not. Raises ValueError in one line,
-    also where a checkpoint of train.py wants another input_format."""
+def read_weights(path):
+    """The state dict in a file, in our names; wrapped ({"model": ...}) or not. Raises ValueError in one line."""
     content = read_state(path)
     content = content if isinstance(content, dict) else {}
-    built = content.get("architecture")
-    wants = built.get("input_format", input_format) if isinstance(built, dict) else input_format
-    if input_format and wants != input_format:
-        raise ValueError(f"{path}: wants --input-format {wants}, not {input_format}")
 
     def is_state(value):
         full = isinstance(value, dict) and value
@@ -288,10 +242,7 @@ def read_weights(path, input_format=None):
 
 def our_names(state):
     """A state dict in the names of DeepLab, which are torchvision's: `backbone.*`, `classifier.*`. What
-    wrapped the network (module., model., _orig_mod., night. of train.py) is taken off.
-
-    DeepLab v2 files have layer6 (fed by layer4), beside an unused layer5, or layer5 alone (single-level).
-    """
+    wrapped the network (module., model., _orig_mod., night. of train.py) is taken off."""
     state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
     while not {"backbone", "classifier", "conv1"} & (first := {key.partition(".")[0] for key in state}):
         wrappers = first if len(first) == 1 else first & {"module", "model", "net", "network", "night"}
@@ -300,14 +251,7 @@ def our_names(state):
             break
         state = inside
     state = {key: v for key, v in state.items() if not key.startswith(("aux_classifier.", "fc."))}
-    if "conv1.weight" not in state:
-        return state
-    head = "layer6.conv2d_list." if any(key.startswith("layer6.") for key in state) else "layer5.conv2d_list."
-    backbone = {f"backbone.{k}": v for k, v in state.items() if not k.startswith(("layer5.", "layer6."))}
-    classifier = {k.removeprefix(head): v for k, v in state.items() if k.startswith(head)}
-    if head.startswith("layer6"):  # the published code returns inside its loop: two of the four are used
-        classifier |= {k: torch.zeros_like(v) for k, v in classifier.items() if k.startswith(("2.", "3."))}
-    return backbone | {f"classifier.{k}": v for k, v in classifier.items()}
+    return {f"backbone.{k}": v for k, v in state.items()} if "conv1.weight" in state else state
 
 
 def one_line(error):

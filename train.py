@@ -14,6 +14,7 @@ so report last.pt), OUT/log.csv, OUT/args.json and OUT/samples.png (night image 
 
 import argparse
 import contextlib
+import copy
 import csv
 import functools
 import importlib.util
@@ -52,18 +53,22 @@ def train(args, state=None):
         stack.enter_context(alone_in(args.out))
         method, optimizer = build(args, state)
         stream, validation = load_data(args)
-        start = begin(method, optimizer, state, validation, args)
+        start, rows = begin(method, optimizer, state, validation, args)
         stop = stack.enter_context(stop_signals())  # until here there is nothing to save
+        stack.callback(write_log, rows, Path(args.out, "log.csv"))  # however the run ends
         parallel = method.train().day if args.day_only else method.train()
         if args.processes > 1:  # the projection head rests until the targets join
             parallel = nn.parallel.DistributedDataParallel(
                 parallel, find_unused_parameters=args.adapt_from > 0
             )
-        feed, began = batches(stream, start, args), time.monotonic()
-        batch, broken = drawn(feed)
+        feed, began, last = batches(stream, start, args), time.monotonic(), Path(args.out, "last.pt")
         for step in range(start + 1, args.steps + 1):
-            if broken:
-                raise broken
+            try:
+                batch = next(feed)
+            except datasets.DataError:
+                if step > start + 1:
+                    save(checkpoint(args, rows, method, optimizer), last)
+                raise
             # Dropout and styles. The rest of a step's randomness is its samples', see datasets.FourDomains.
             torch.manual_seed(random.Random(f"{args.seed} {step} {ranks()[0]}").getrandbits(63))
             for group in optimizer.param_groups:
@@ -72,26 +77,25 @@ def train(args, state=None):
                 terms = losses_of(parallel, batch, step, args)
             optimizer.zero_grad()
             terms["total"].backward()
-            following, broken = drawn(feed)  # while the device works
-            values, stopping, lost = exchange(terms, method, bool(stop), bool(broken), args)
+            values, stopping = exchange(terms, method, bool(stop), args)
             if bad := [name for name, value in values.items() if not math.isfinite(value)]:
                 raise ValueError(f"step {step}: {bad[0]} is {values[bad[0]]}; a lower --lr may help")
             optimizer.step()
+            if step == args.steps and args.night_statistics == "target" and not args.day_only:
+                take_night_statistics(method, stream, args)
 
-            row = {"step": step, "lr": optimizer.param_groups[0]["lr"]} | values
+            rows.append({"step": step, "lr": optimizer.param_groups[0]["lr"]} | values)
             if step % args.log_every == 0 or step == args.steps:
-                report(row, began, start, args)
-            if stopping or lost or step % args.save_every == 0 or is_due(step, validation, args):
-                save(checkpoint(args, row, method, optimizer), Path(args.out, "last.pt"))
+                report(rows[-1], began, start, args)
+            due = is_due(step, validation, args)
+            if stopping or due or step % args.save_every == 0:
+                save(checkpoint(args, rows, method, optimizer), last)
             if stopping:
                 again = "the same command" + ("" if args.demo else " with --resume")
                 say(f"stopped at step {step}; {again} goes on")
                 sys.exit(128 + (stop or [signal.SIGTERM])[0])
             if ranks()[0] == 0:
-                conclude(row, method, validation, args)
-            if lost:
-                raise broken or datasets.DataError("another process could not read its data")
-            batch = following
+                conclude(rows, due, method, validation, args)
 
 
 def losses_of(parallel, batch, step, args):
@@ -102,43 +106,51 @@ def losses_of(parallel, batch, step, args):
     return parallel(batch, adapt=step > args.adapt_from * args.steps)
 
 
-def exchange(terms, method, stop, broken, args):
+def exchange(terms, method, stop, args):
     """The one message of a step, from the device and between processes: (dict of the terms, their means over
-    processes, and of the gradient's norm; does any process want to stop; has any lost its data)."""
+    processes, and of the gradient's norm; does any process want to stop)."""
     numbers = {name: torch.as_tensor(term, device=args.device).detach() for name, term in terms.items()}
     numbers["gradient"] = nn.utils.get_total_norm([p.grad for p in method.parameters() if p.grad is not None])
-    told = torch.stack([value.double() for value in numbers.values()])
-    told = torch.cat([told, told.new_tensor([stop, broken])])
+    message = torch.stack([value.double() for value in numbers.values()])
+    message = torch.cat([message, message.new_tensor([stop])])
     if args.processes > 1:
-        distributed.all_reduce(told)
-    *sums, stops, lost = told.tolist()
-    return dict(zip(numbers, [value / args.processes for value in sums], strict=True)), stops > 0, lost > 0
+        distributed.all_reduce(message)
+    *sums, stops = message.tolist()
+    return dict(zip(numbers, [value / args.processes for value in sums], strict=True)), stops > 0
+
+
+def take_night_statistics(method, stream, args):
+    """Give M_n the statistics of the last 100 steps' T_n, see `ccdistill.take_night_statistics`."""
+    stream = copy.copy(stream)
+    stream.targets_from = 0  # where the targets never joined, too
+    nights = (batch["target_night"] for batch in batches(stream, max(0, args.steps - 100), args))
+    with autocast(args), torch.compiler.set_stance("force_eager"):
+        ccdistill.take_night_statistics(method.night, nights)
 
 
 def is_due(step, validation, args):
     return step == args.steps or bool(validation) and step % args.eval_every == 0
 
 
-def conclude(row, method, validation, args):
-    """Validate M_n where that is due, and write the step's row. The step is saved already."""
-    out, log, tiles = Path(args.out), Path(args.out, "log.csv"), []
+def conclude(rows, due, method, validation, args):
+    """Validate M_n where that is due. The step is saved already."""
+    out, row, tiles = Path(args.out), rows[-1], []
 
     def each(item, prediction, _):
         if len(tiles) < 12:
             tiles.extend([item["image"], datasets.colourise(prediction), datasets.colourise(item["label"])])
 
-    if validation and is_due(row["step"], validation, args):
+    if validation and due:
         result = evaluate.evaluate(method.night, validation, args.device, args.workers, each)
-        row = row | {name: result[name] for name in evaluate.MEANS}
+        before = [old["miou_present"] or 0 for old in rows if "miou_present" in old and old is not row]
+        row |= {name: result[name] for name in evaluate.MEANS}
         means = "  ".join(f"{name} {evaluate.percent(result[name]).strip()}" for name in evaluate.MEANS)
         say(f"step {row['step']}  at night: {means}")
-        before = [float(old["miou_present"]) for old in log_rows(log) if old.get("miou_present")]
         if not (out / "best.pt").exists() or (result["miou_present"] or 0) > max(before, default=-1):
-            save(checkpoint(args, row, method), out / "best.pt")
-    write_row(log, row)
-    samples = grid(tiles, 3) if tiles else None
-    if tiles:
-        TF.to_pil_image(samples).save(out / "samples.png")
+            save(checkpoint(args, rows, method), out / "best.pt")
+        write_log(rows, out / "log.csv")
+        samples = grid(tiles, 3)
+        datasets.write_whole(out / "samples.png", lambda file: TF.to_pil_image(samples).save(file, "PNG"))
     if args.tensorboard:
         writer = summary_writer(out / "tensorboard")
         for name, value in row.items():
@@ -186,12 +198,10 @@ def build(args, state=None):
     if state:
         model = evaluate.rebuilt(state["path"], state)
     else:
-        network = args.backbone, len(datasets.NAMES), args.output_stride, args.head
-        model = models.DeepLab(*network, args.weights, args.input_format)
+        model = models.DeepLab(args.backbone, len(datasets.NAMES), args.output_stride, args.weights)
         say(f"network: {args.backbone}, output stride {args.output_stride}, weights: {args.weights}")
     method = nn.ModuleDict({"day": model, "night": model}) if args.day_only else ccdistill.CCDistill(
-        model, args.night_weights, args.batch_norm, args.night_style, args.night_strength,
-        projection=not args.no_projection, embedding_dim=args.embedding_dim,
+        model, args.night_weights, args.batch_norm, args.night_style, projection=not args.no_projection,
         content_weight=args.content_weight, style_weight=args.style_weight, js_weight=args.js_weight,
         pseudo_weight=args.pseudo_weight, pseudo_threshold=args.pseudo_threshold,
         target_paired=args.pairs != "none", mix=not args.no_mix,
@@ -267,40 +277,42 @@ def batches(stream, start, args):
         yield images | {"source_label": label}
 
 
-def drawn(feed):
-    """(next batch or None, the DataError in its place or None), so that other processes can be told."""
-    try:
-        return next(feed, None), None
-    except datasets.DataError as error:
-        return None, error
-
-
 # ---- checkpoints and the log -------------------------------------------------------------------------------
 
 
-def checkpoint(args, row, method, optimizer=None):
+def checkpoint(args, rows, method, optimizer=None):
     """What evaluate.py needs of a run; with the optimizer, all that the rest of the run depends on: what is
     random in a step depends on seed and step alone."""
-    state = {"format": evaluate.FORMAT, "args": json.loads(json.dumps(vars(args))), "step": row["step"]}
+    step = rows[-1]["step"]
+    state = {"format": evaluate.FORMAT, "args": json.loads(json.dumps(vars(args))), "step": step}
     state |= {"architecture": method.day.architecture, "model": method.state_dict()}
     if optimizer is None:
         kept = {k: v for k, v in state["model"].items() if k.startswith(("day.", "night."))}
         return state | {"model": kept}
-    log = Path(args.out, "log.csv")  # the rows of the steps before
-    log = log.read_text() if log.exists() else ""
-    return state | {"optimizer": optimizer.state_dict(), "row": row, "log": log}
+    return state | {"optimizer": optimizer.state_dict(), "rows": rows}
 
 
 def save(state, path):
-    """Write a checkpoint, by one process, so that `path` always holds a whole one."""
+    """Write a checkpoint, by one process, so that `path` always holds a whole one; beside last.pt its log."""
     if ranks()[0] == 0:
         torch.save(state, buffer := io.BytesIO())
         datasets.write_whole(path, lambda file: file.write(buffer.getbuffer()))
+        write_log(state.get("rows"), path.with_name("log.csv"))
+
+
+def write_log(rows, path):
+    """The rows, a dict of numbers for each step, as a csv; a term that came later has empty cells before."""
+    if rows and ranks()[0] == 0:
+        names, text = dict.fromkeys(name for row in rows for name in row), io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        datasets.write_whole(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def begin(method, optimizer, state, validation, args):
-    """Put a checkpoint's content, its log too, into its places and say where it starts. Returns the step."""
-    out, log, start = Path(args.out), Path(args.out, "log.csv"), 0
+    """Put a checkpoint's content into its places and say where it starts. Returns (step, rows of the log)."""
+    path, start, rows = Path(args.out, "args.json"), 0, []
     if state:
         weights, start = state["model"], state["step"]
         with evaluate.damage_told(state["path"]):
@@ -308,47 +320,18 @@ def begin(method, optimizer, state, validation, args):
             own = method.state_dict() if args.init_from else weights
             fits = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
             method.load_state_dict(fits, strict=not args.init_from)
-            groups = optimizer.param_groups, state["optimizer"]["param_groups"]
-            sizes = [[len(group["params"]) for group in side] for side in groups]
-            same = state["args"]["optimizer"] == args.optimizer and len(fits) == len(own)
-            if args.resume or (same and sizes[0] == sizes[1]):
-                decay = [group["weight_decay"] for group in optimizer.param_groups]
+            if args.resume:
                 optimizer.load_state_dict(state["optimizer"])
-                for group, value in zip(optimizer.param_groups, decay, strict=True):
-                    group["weight_decay"] = value
-            else:
-                say("the optimizer starts without the other run's momentum: it, or what it trains, differs")
-        say(f"{'resumed' if args.resume else 'begun'} at step {start} of {state['path']}")
+                rows = state["rows"]
+        how = "resumed" if args.resume else "begun, with a new optimizer,"
+        say(f"{how} at step {start} of {state['path']}")
     if ranks()[0] == 0:
-        for path, text in ((out / "args.json", json.dumps(vars(args), indent=1)), (log, "")):
-            text = state["log"] if args.resume and path == log else text
-            datasets.write_whole(path, lambda file, text=text: file.write(text.encode()))
-        if args.resume:  # a step is saved before its validation and its row
-            conclude(state["row"], method, validation, args)
+        datasets.write_whole(path, lambda file: file.write(json.dumps(vars(args), indent=1).encode()))
+        if rows:  # a step is saved before its validation
+            conclude(rows, is_due(start, validation, args), method, validation, args)
     if start == args.steps:
         say(f"{state['path']}: at step {start} of {args.steps} already, for evaluate.py")
-    return start
-
-
-def log_rows(path):
-    """The rows of a log.csv, as dicts of text."""
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-
-
-def write_row(path, row):
-    """Append a step's row to the log; a column that is new is added to all rows."""
-    with open(path, "a+") as file:
-        file.seek(0)
-        names = file.readline().strip().split(",")
-        if {*row} <= {*names}:
-            csv.DictWriter(file, names, lineterminator="\n").writerow(row)
-            return
-    rows, text = [*log_rows(path), row], io.StringIO()
-    names = dict.fromkeys(name for row in rows for name in row)
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    datasets.write_whole(path, lambda file: file.write(text.getvalue().encode()))
+    return start, rows
 
 
 @contextlib.contextmanager
@@ -377,7 +360,8 @@ def stop_signals():
         say("finishing this step, then saving (again: stop at once)")
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    handlers = {number: signal.signal(number, note) for number in numbers}
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # not by nohup
+    handlers = {number: signal.signal(number, note) for number in heeded}
     try:
         yield stop
     finally:
@@ -393,7 +377,7 @@ DEMO |= {"eval_every": 250, "save_every": 50}
 # What a resumed run may change: where it runs, where its data and its results lie, how often it writes.
 FREE = {"device", "workers", "compile", "cityscapes", "darkzurich", "acdc", "synthetic_night"}
 FREE |= {"cache", "out", "resume", "init_from", "weights", "eval_every", "save_every", "log_every"}
-FREE |= {"tensorboard", "benchmark", "json"}
+FREE |= {"tensorboard", "benchmark"}
 
 
 def arguments_parser():
@@ -416,16 +400,13 @@ def arguments_parser():
     add = parser.add_argument_group("network").add_argument
     add("--backbone", choices=models.BACKBONES, default="resnet18", help="torchvision's ResNet")
     add("--output-stride", type=int, choices=(8, 16), default=16, help="image size over feature size")
-    add("--head", choices=models.HEADS, default="aspp", help="DeepLab v3's, or v2's")
     add("--weights", type=path, default="imagenet", help="imagenet (downloaded once), none, or a file")
-    add("--input-format", choices=[*models.INPUT_FORMATS], default="imagenet", help="that of --weights")
     add("--night-weights", choices=ccdistill.NIGHT_WEIGHTS, default="norm", help="what M_n and M_d share")
     add("--batch-norm", choices=ccdistill.BATCH_NORMS, default="domain", help="S and T apart (ours) or joint")
 
     add = parser.add_argument_group("method").add_argument
     add("--day-only", action=flag, help="the baseline: labelled source days alone")
     add("--night-style", choices=ccdistill.NIGHT_STYLES, default="random", help="how S_n is made (ours)")
-    add("--night-strength", type=share, help="of fda: the band's half-width, 0.01; of the others: 1")
     add("--content-weight", type=weight, default=1.0, help="of content distillation (CDC)")
     add("--style-weight", type=weight, default=1.0, help="of style distillation (CDS)")
     add("--js-weight", type=weight, default=0.1, help="of the divergences in CDC")
@@ -434,7 +415,8 @@ def arguments_parser():
     add("--adapt-from", type=share, default=0.25, help="share of --steps before the targets join (ours)")
     add("--no-mix", action=flag, help="targets as the figure has them: no teacher, jitter, pasted objects")
     add("--no-projection", action=flag, help="embeddings are average-pooled features")
-    add("--embedding-dim", type=count, default=128, help="channels of the embeddings")
+    how = "whose statistics M_n's batch norms end with; if not given target, with --no-mix source"
+    add("--night-statistics", choices=("target", "source"), help=how)
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=count, default=50000, help="length of the run; --lr and --adapt-from go by it")
@@ -460,7 +442,6 @@ def arguments_parser():
     add("--tensorboard", action=flag, help="write the log there too, if the package is installed")
     mode("--demo", action=flag, help="draw a small city, compare; 250 steps, batch 4, crop 96 192, runs/demo")
     mode("--benchmark", type=count, nargs="?", const=20, help="time so many steps; without data, of the demo")
-    add("--json", type=path, help="write the benchmark's numbers")
     return parser
 
 
@@ -488,6 +469,7 @@ def parse_args(argv):
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     args.lr = args.lr or LR[args.optimizer]
     args.amp = args.amp or ("bf16" if args.device.startswith("cuda") else "off")
+    args.night_statistics = args.night_statistics or ("source" if args.no_mix else "target")
     if args.resume or args.init_from:
         args, state = going_on(args, given)
     args.crop, args.scale = tuple(args.crop), tuple(args.scale)
@@ -501,15 +483,14 @@ def going_on(args, given):
     FREE ones may differ. --init-from: a new run; every difference is printed. Raises ValueError."""
     path = Path(args.out, "last.pt") if args.resume is True else Path(args.resume or args.init_from)
     state, last = evaluate.checked(path, models.read_state(path)) | {"path": path}, Path(args.out, "last.pt")
-    kinds = {"args": dict, "step": int, "row": dict, "optimizer": dict}
-    kinds |= {"log": str} if args.resume else {}  # checkpoints of before have none
+    kinds = {"args": dict, "step": int, "optimizer": dict} | ({"rows": list} if args.resume else {})
     if [type(state.get(name)) for name in kinds] != [*kinds.values()]:
         raise ValueError(f"{path}: not a last.pt that a run can go on from ({', '.join(kinds)})")
     if args.resume and last.exists() and not path.samefile(last):
         raise ValueError(f"{args.out}: holds another run; choose another --out to go on from {path}")
     then, now = dict(state["args"]), json.loads(json.dumps(vars(args)))
-    for told in (then, now):  # the target's path may differ, its kind may not
-        told["target"] = "acdc" if told["acdc"] else "darkzurich"
+    for target in (then, now):  # the target's path may differ, its kind may not
+        target["target"] = "acdc" if target.get("acdc") else "darkzurich"
     asked = {*given, "processes"} | ({"target"} if {"acdc", "darkzurich"} & {*given} else set())
     differ = [n for n in now if n not in FREE and now[n] != then.get(n) and (n in asked or args.init_from)]
 
@@ -523,12 +504,15 @@ def going_on(args, given):
         raise ValueError(f"{path}: another run: {changes}; {way_out}")
     if args.resume:
         here = {"out": args.out, "device": args.device}
-        return argparse.Namespace(**vars(args) | state["args"] | given | here), state
+        merged = vars(args) | state["args"] | given | here
+        if not all(isinstance(row, dict) for row in state["rows"]) or type(merged["steps"]) is not int:
+            raise ValueError(f"{path}: damaged checkpoint (rows, steps)")
+        return argparse.Namespace(**merged), state
     if given.get("weights", "none") != "none":
         raise ValueError(f"--weights {args.weights}: the weights come from --init-from {path}; leave one out")
     if args.steps <= state["step"]:
         raise ValueError(f"{path}: is at step {state['step']}: give more --steps than that")
-    if network := {"backbone", "output_stride", "head", "input_format"} & {*differ}:
+    if network := {"backbone", "output_stride"} & {*differ}:
         raise ValueError(f"{path}: holds another network: {option(min(network))} must agree")
     say(f"differs from {path}: {changes or 'nothing'}")
     return args, state
@@ -537,33 +521,29 @@ def going_on(args, given):
 def contradiction(args):
     """What is wrong with the combination of arguments, as one line, or None."""
     alone, target = args.demo or (args.benchmark and not args.cityscapes), args.darkzurich or args.acdc
-    last, own = Path(args.out, "last.pt"), args.demo or args.benchmark
-    if last.exists() and not (args.resume or own):
-        return f"{last}: exists; go on with --resume or choose another --out"
-    if not last.exists() and not own and any(Path(args.out, f).exists() for f in ("best.pt", "samples.png")):
-        return f"{args.out}: holds best.pt or samples.png of a run without its last.pt; choose another --out"
-    if args.json and (os.path.isdir(args.json) or (os.path.exists(args.json) and args.json[-5:] != ".json")):
-        return f"--json {args.json}: is there and no .json file; choose another name"
-    if args.weights not in ("none", "imagenet") and not args.resume and not os.path.isfile(args.weights):
-        return f"--weights {args.weights}: no such file; imagenet, none or a file"
-    if not alone and not (args.cityscapes and (target or args.day_only)):
-        return "--cityscapes DIR is needed, and --darkzurich DIR, --acdc DIR or --day-only (or --demo alone)"
-    if args.demo and (args.cityscapes or target or args.day_only):
-        return "--demo draws its own data and trains day-only and the method on it: give it no other data"
-    if own and (args.processes > 1 or args.resume or args.init_from):
-        return "--demo and --benchmark start anew, in one process: no torchrun, --resume or --init-from"
-    if args.day_only and (args.synthetic_night or args.benchmark):
-        return "--day-only sees no night, and --benchmark compares with it: leave one out"
-    if args.json and not args.benchmark:
-        return f"--json {args.json}: for --benchmark"
-    if args.scale[0] > args.scale[1]:
-        return f"--scale wants MIN <= MAX, got {args.scale[0]} {args.scale[1]}"
-    if args.acdc and args.pairs not in ("corresp", "none"):
-        return "--acdc pairs by name: --pairs corresp or none"
-    if args.weights == "imagenet" and args.input_format == "caffe":
-        return "--weights imagenet are RGB: --input-format imagenet"
-    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
-        return "--tensorboard needs one more package: pip install tensorboard"
+    own, new = args.demo or args.benchmark, not (args.resume or args.init_from)
+    last, rests = Path(args.out, "last.pt"), [Path(args.out, name) for name in ("best.pt", "samples.png")]
+    file = args.weights not in ("none", "imagenet") and not args.resume
+    ready, pairs = args.synthetic_night, args.pairs not in ("corresp", "none")
+    data = "--cityscapes DIR is needed, and --darkzurich DIR, --acdc DIR or --day-only (or --demo alone)"
+    rules = (
+        (last.exists() and not args.resume and not own, f"{last}: exists; go on with --resume or choose another --out"),
+        (not last.exists() and not own and any(path.exists() for path in rests),
+         f"{args.out}: holds best.pt or samples.png of a run without its last.pt; choose another --out"),
+        (file and not os.path.isfile(args.weights), f"--weights {args.weights}: no such file; imagenet, none or a file"),
+        (not alone and not (args.cityscapes and (target or args.day_only)), data),
+        (args.demo and (args.cityscapes or target or args.day_only or ready or pairs),
+         "--demo draws its own data and trains day-only and the method on it: give it no other data"),
+        (own and (args.processes > 1 or not new),
+         "--demo and --benchmark start anew, in one process: no torchrun, --resume or --init-from"),
+        (args.day_only and (ready or args.benchmark),
+         "--day-only sees no night, and --benchmark compares with it: leave one out"),
+        (args.scale[0] > args.scale[1], f"--scale wants MIN <= MAX, got {args.scale[0]} {args.scale[1]}"),
+        (args.acdc and pairs, "--acdc pairs by name: --pairs corresp or none"),
+        (args.tensorboard and not importlib.util.find_spec("tensorboard"),
+         "--tensorboard needs one more package: pip install tensorboard"),
+    )  # fmt: skip
+    return next((message for wrong, message in rules if wrong), None)
 
 
 def warn_if_bf16_is_slow(args):
@@ -587,7 +567,8 @@ def demo(args):
     """Draw the demo city, train day-only and CCDistill on it for the same number of steps, compare them at
     night."""
     out, results, rows = Path(args.out), {}, {}
-    use_demo_city(args, out / "city")
+    with alone_in(args.out):
+        use_demo_city(args, out / "city")
 
     def draw(item, prediction, _):
         row = rows.setdefault(item["name"], [item["image"], datasets.colourise(item["label"])])
@@ -655,10 +636,6 @@ def benchmark(args):
     result["images_per_second"] = 4000 * args.batch_size / (result["method_ms"] + result["data_ms"])
     result["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20 if cuda else process_memory()
     say("\n".join(f"{name:18} {value:10.2f}" for name, value in result.items()))
-    if args.json:
-        Path(args.json).write_text(
-            json.dumps(result | {"args": vars(args), "torch": torch.__version__}, indent=1)
-        )
 
 
 def process_memory():
@@ -671,8 +648,6 @@ def process_memory():
 def run(argv):
     args, state = parse_args(argv)
     warn_if_bf16_is_slow(args)
-    if args.json:
-        evaluate.check_writable(Path(args.json).absolute().parent)
     torch.backends.cudnn.benchmark = True  # the crop is fixed
     if args.processes > 1:  # torchrun started several; the first one alone prints
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
