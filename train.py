@@ -81,7 +81,7 @@ def train(args, state=None):
             if bad := [name for name, value in values.items() if not math.isfinite(value)]:
                 raise ValueError(f"step {step}: {bad[0]} is {values[bad[0]]}; a lower --lr may help")
             optimizer.step()
-            if step == args.steps and args.night_statistics == "target" and not args.day_only:
+            if step == args.steps and args.night_statistics == "target" and method.night is not method.day:
                 take_night_statistics(method, stream, args)
 
             rows.append({"step": step, "lr": optimizer.param_groups[0]["lr"]} | values)
@@ -122,7 +122,7 @@ def exchange(terms, method, stop, args):
 def take_night_statistics(method, stream, args):
     """Give M_n the statistics of the last 100 steps' T_n, see `ccdistill.take_night_statistics`."""
     stream = copy.copy(stream)
-    stream.targets_from = 0  # where the targets never joined, too
+    stream.targets_from, stream.synthetic = len(stream), None  # T_n is decoded, T_d not
     nights = (batch["target_night"] for batch in batches(stream, max(0, args.steps - 100), args))
     with autocast(args), torch.compiler.set_stance("force_eager"):
         ccdistill.take_night_statistics(method.night, nights)
