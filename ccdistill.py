@@ -77,18 +77,12 @@ class CCDistill(nn.Module):
 
         adapt=False: the targets stay out (T_n lends its style only), and their terms do not exist.
         """
+        check_batch(batch, adapt)
         s_d, label, s_n = batch["source_day"], batch["source_label"], batch.get("source_night")
-        if label.dtype != torch.int64 or label.shape != s_d[:, 0].shape:
-            got = f"{label.dtype} {tuple(label.shape)}"
-            raise ValueError(f"source_label: expected int64 {tuple(s_d[:, 0].shape)}, got {got}")
         if s_n is None:  # Trans
             s_n = night_style(s_d, batch["target_night"], self.night_style)
         if adapt:
             t_d, t_n, lesson = batch["target_day"], batch["target_night"], None
-            if not s_d.shape == s_n.shape == t_d.shape == t_n.shape:
-                shapes = ", ".join(f"{name} {tuple(images.shape)}" for name, images in batch.items())
-                raise ValueError(f"the four domains must have one shape, got {shapes}")
-            _check_range(s_d, s_n, t_d, t_n)
             if self.night_teacher:
                 t_d, t_n, lesson = self.lesson(s_n, label, t_d, t_n)
             (f_sd, p_sd), (f_td, p_td) = features_and_logits(self.day, s_d, t_d)
@@ -159,6 +153,25 @@ class CCDistill(nn.Module):
         return result
 
 
+def check_batch(batch, adapt):
+    """Raise ValueError naming the entry of a batch that `CCDistill.forward` cannot take."""
+    used = ["source_day", "source_night" if batch.get("source_night") is not None else "target_night"]
+    used = dict.fromkeys([*used, "target_day", "target_night"] if adapt else used)
+    wanted, label = getattr(batch.get("source_day"), "shape", None), batch.get("source_label")
+    for name in used:
+        images = batch.get(name)
+        if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != 3:
+            got = tuple(images.shape) if hasattr(images, "shape") else type(images).__name__
+            raise ValueError(f"{name}: expected a float tensor (B, 3, H, W), got {got}")
+        if images.shape != wanted and (adapt or name == "source_night"):
+            got = f"source_day {tuple(wanted)}, {name} {tuple(images.shape)}"
+            raise ValueError(f"the domains of a batch must have one shape, got {got}")
+    _check_range(*(batch[name] for name in used))
+    if not isinstance(label, torch.Tensor) or label.dtype != torch.int64 or label.shape != images[:, 0].shape:
+        got = f"{label.dtype} {tuple(label.shape)}" if hasattr(label, "shape") else type(label).__name__
+        raise ValueError(f"source_label: expected int64 {tuple(images[:, 0].shape)}, got {got}")
+
+
 def averaged(network):
     """A copy whose weights follow the network's, by 1 % a step; its statistics are the network's."""
     return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.99)).requires_grad_(False)
@@ -205,18 +218,24 @@ def take_night_statistics(network, nights):
     """Give M_n's batch norms the statistics of real target nights, in place, when training has ended (ours).
 
     In training their running statistics are those of S_n, which has labels but is only styled as night; the
-    weights stay (AdaBN; Li et al., 2017). nights: batches (B, 3, H, W) of T_n, each counted alike.
+    weights stay (AdaBN; Li et al., 2017). nights: batches (B, 3, H, W) of T_n in [0, 1], each counted alike;
+    ValueError if there is none. The network is in eval mode afterwards.
     """
     norms = [m for m in network.eval().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.train().reset_running_stats()
-        norm.momentum = None  # a plain average over the batches
-    for images in nights:
-        network(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    network.eval()
+    momenta, seen = [norm.momentum for norm in norms], 0
+    try:
+        for seen, images in enumerate(nights, 1):
+            _check_range(images)
+            for norm in norms if seen == 1 else ():
+                norm.train().reset_running_stats()
+                norm.momentum = None  # a plain average over the batches
+            network(images)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        network.eval()
+    if not seen:
+        raise ValueError("nights: no batch to take statistics of")
 
 
 # ---- Trans: S_d in the light of T_n ------------------------------------------------------------------------

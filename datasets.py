@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import os
 import random
+import re
 import threading
 import time
 import uuid
@@ -133,7 +134,7 @@ def _read_pairs(table, known, images):
         raise DataError(f"{table}: not a readable csv ({_reason(error)})") from None
     for number, row in enumerate(rows, 1):
         stems = [cell.strip().replace("\\", "/").removeprefix("./").removeprefix("rgb_anon/") for cell in row]
-        stems = [stem.removesuffix(".png").removesuffix("_rgb_anon") for stem in stems]
+        stems = [re.sub(r"(?i)(_rgb_anon)?(\.png)?$", "", stem) for stem in stems]
         if stems[2:] == [""]:
             stems.pop()  # a comma at the end
         if not any(stems) or (number == 1 and len(stems) == 2 and not any("/" in stem for stem in stems)):
@@ -426,13 +427,16 @@ def _stored_label(path):
     image = _opened(path)
     if image.format != "PNG":
         raise DataError(f"{path}: labels are PNG, and this is {image.format}, which changes values")
+    with open(path, "rb") as file:
+        depth = file.read(25)[24]  # where a PNG says it; Pillow spreads 4-bit greys over 0 to 255
+    if image.mode not in ("L", "P") or (image.mode == "L" and depth != 8):
+        found = f"mode {image.mode}, {depth} bits"
+        raise DataError(f"{path}: expected an 8-bit single-channel label, found {found}")
     if image.mode == "P":
         if _palette_contradicts(image, TABLES[kind]):
             way_out = f"save the {kind} themselves, as 8-bit grey"
             raise DataError(f"{path}: its palette says that its indices are no {kind}; {way_out}")
         image = Image.frombytes("L", image.size, image.tobytes())
-    if image.mode != "L":
-        raise DataError(f"{path}: expected an 8-bit single-channel label, found mode {image.mode}")
     return image, kind
 
 

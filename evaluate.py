@@ -185,6 +185,7 @@ def load_model(path, which="night", device="cpu"):
         with damage_told(path):
             mine = {k: v for k, v in state["model"].items() if k.startswith(f"{which}.")}
             model.load_state_dict({k.removeprefix(f"{which}."): v for k, v in mine.items()})
+        models.check_finite(model, path)
         description = {name: state.get(name) for name in ("architecture", "args", "step")}
     else:
         model = models.DeepLab(**models.architecture_of(path))
@@ -301,7 +302,8 @@ def parse_args(argv):
         data.add_argument(f"--{layout}", metavar="DIR", type=a_path, help="predict and score its --split")
     how = "predict pictures and folders of pictures"
     data.add_argument("--images", nargs="+", metavar="PATH", type=a_path, help=how)
-    add("--split", help="of the data set: val if not given, with --nighttime-driving or --submit test")
+    how = "of the data set; if not given val, with --nighttime-driving or --submit test"
+    add("--split", type=a_path, help=how)
     add("--labels", choices=[*datasets.TABLES], default="labelTrainIds", help="read if both are there")
     add("--model", choices=("night", "day"), default="night", help="M_n or M_d")
     add("--flip", action="store_true", help="average with the mirrored image")
@@ -317,6 +319,8 @@ def parse_args(argv):
     args.layout, args.root = next(((layout, root) for layout, root in named.items() if root), (None, None))
     if args.images and not args.out:
         parser.error("--images has nothing to score: give --out DIR for the predictions")
+    if args.images and args.split:
+        parser.error("--split is a data set's, not that of --images: leave one out")
     if args.submit and args.split not in (None, "test"):
         parser.error(f"--submit is for the test split, not --split {args.split}")
     if args.submit and args.layout not in SIZES:
@@ -385,11 +389,11 @@ def check_outputs(args, found):
         return os.path.normcase(os.path.realpath(path))
 
     outputs = [path for path in (args.json, args.submit) if path]
-    for folder in {Path(path).absolute().parent for path in outputs}:
-        check_writable(folder)
     if args.out:
         check_writable(args.out, make=True)
         outputs += [Path(args.out, kind, f"{Path(s.image).stem}.png") for s in found for kind in KINDS]
+    for folder in {Path(path).absolute().parent for path in (args.json, args.submit) if path}:
+        check_writable(folder)
     read = {identity(path) for sample in [(args.checkpoint,), *found] for path in sample if path}
     seen = {identity(Path(args.out, kind)) for kind in KINDS} if args.out else set()
     for path in outputs:
@@ -397,12 +401,21 @@ def check_outputs(args, found):
         if me in read or (os.path.exists(path) and not os.path.isfile(path)):
             what = "no regular file, or one that this command reads"
             raise ValueError(f"{path}: {what}; choose another output")
-        ours = Path(path).suffix in (".json", ".zip", ".png") and Path(path).name != "args.json"
-        if os.path.exists(path) and not ours:
+        if os.path.exists(path) and not is_result(path, args):
             raise ValueError(f"{path}: exists and is no result of this command; choose another output")
         if me in seen:
             raise ValueError(f"{path}: two outputs would be written there; change one of them")
         seen.add(me)
+
+
+def is_result(path, args):
+    """Could an existing file be this command's own result, from before?"""
+    if os.path.getsize(path) == 0:
+        return True
+    if path == args.submit:
+        return zipfile.is_zipfile(path) and all(n.endswith(".png") for n in zipfile.ZipFile(path).namelist())
+    with open(path, "rb") as file:
+        return b'"checkpoint"' in file.read() if path == args.json else file.read(4) == b"\x89PNG"
 
 
 def check_writable(folder, make=False):
@@ -510,10 +523,12 @@ def status_of(program, run):
         say(f"{program}: interrupted; what was saved is whole", sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        known = isinstance(error, ValueError | OSError) or is_out_of_memory(error)
-        if not (known or type(error).__name__.startswith("Dist")):  # distributed's own
+        known, text = isinstance(error, ValueError | OSError) or is_out_of_memory(error), str(error)
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            known, text = True, f"torch.compile failed, leave --compile out: {text[:300]}"
+        if not (known or type(error).__name__.startswith("Dist") or ranks()[1] > 1):  # another process's end
             raise
-        say(f"{program}: error: {' '.join(str(error).split()) or type(error).__name__}", sys.stderr)
+        say(f"{program}: error: {' '.join(text.split()) or type(error).__name__}", sys.stderr)
         return 2
 
 

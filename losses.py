@@ -170,8 +170,8 @@ def _checked(layout, agree=None, **tensors):
         dims = layout.count(",") + 1
         if (x.ndim < dims if "..." in layout else x.ndim != dims) or not x.numel():
             raise ValueError(f"{name}: expected {layout} with at least one value, got {tuple(x.shape)}")
-        if x.is_meta or x.is_complex():
-            raise ValueError(f"{name}: expected real values, got {x.dtype} on the device {x.device}")
+        if x.is_meta or x.is_complex() or x.is_quantized or x.layout != torch.strided:
+            raise ValueError(f"{name}: expected dense real values, got {x.dtype} {x.layout} on {x.device}")
     if len({x.shape[:agree] for x in tensors.values()}) > 1:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
         raise ValueError(f"{'batch and channels' if agree else 'shapes'} must agree: {shapes}")

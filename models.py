@@ -190,8 +190,13 @@ def load_weights(model, weights, strict=False):
     except RuntimeError as error:
         name = f"DeepLab with {model.architecture['backbone']}"
         raise ValueError(f"{weights}: does not fit {name}: {one_line(error)[:300]}") from None
-    if bad := [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]:
-        raise ValueError(f"{weights}: {bad[0]} holds nan or infinite values")
+    check_finite(model, weights)
+
+
+def check_finite(model, path):
+    """Raise ValueError if a network's weights, which come from the file, hold nan or infinite values."""
+    if bad := [k for k, v in model.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]:
+        raise ValueError(f"{path}: {bad[0]} holds nan or infinite values")
 
 
 def architecture_of(path):
@@ -217,9 +222,14 @@ def read_state(path):
     except Exception as error:  # noqa: BLE001 (unpickling raises whatever the bytes suggest)
         reason = "truncated, or no torch file"
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            strip = "keep its tensors alone: state = torch.load(FILE, weights_only=False); torch.save(state['model'] "
-            strip += "if 'model' in state else state, NEW)"
-            reason = f"it holds a {refused[1]}, which could run code; if you trust it, strip it: {strip}"
+            strip = (
+                "x = torch.load(FILE, weights_only=False); x = x if isinstance(x, dict) else x.state_dict()"
+            )
+            strip = f"strip it: {strip}; torch.save(x.get('model', x.get('state_dict', x)), NEW)"
+            reason = f"it holds a {refused[1]}, which could run code; if you trust it, {strip}"
+        elif "TorchScript" in str(error):
+            strip = "torch.save(torch.jit.load(FILE).state_dict(), NEW)"
+            reason = f"a TorchScript program; keep its tensors alone: {strip}"
         raise ValueError(f"{path}: not a file of tensors ({reason})") from None
 
 
@@ -233,6 +243,9 @@ def read_weights(path):
         return full and all(isinstance(k, str) and torch.is_tensor(v) for k, v in value.items())
 
     states = {"": content} if is_state(content) else {k: v for k, v in content.items() if is_state(v)}
+    if not states:  # wrapped twice
+        deeper = [v for v in content.values() if isinstance(v, dict)]
+        states = {k: v for inside in deeper for k, v in inside.items() if is_state(v)}
     states = {k: v for k, v in states.items() if k in ("model", "state_dict")} or states
     if len(states) != 1:
         names = f"several state dicts ({', '.join(states)}): save one alone" if states else "no state dict"

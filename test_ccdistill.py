@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,7 @@ def test_what_does_not_fit_is_named():
         (r"b \(3, 3\)", loss.correlation, v, rand(3, 3)), (r"\(2, 16, 3\)", loss.gram, tokens),
         (r"\(0, 3\)", loss.correlation, v[:0], v[:0]), (r"q \(2, 4\)", loss.js_divergence, v, rand(2, 4)),
         ("complex", loss.gram, maps.to(torch.complex64)), ("meta", loss.gram, maps.to("meta")),
+        ("sparse", loss.gram, maps.to_sparse()),
         (r"e_target_night \(1, 3\)", loss.content_distill, v, v, v, rand(1, 3)),
         (r"e_source_day.*\(2, 3, 4, 4\)", loss.content_distill, *[maps] * 4),
         (r"f_target_night \(2, 5, 4, 4\)", loss.style_distill, *[maps] * 3, rand(2, 5, 4, 4)),
@@ -293,6 +295,7 @@ def test_weights_are_found_in_whatever_wraps_them(tmp_path):
         lambda s: {"model_state_dict": s, "epoch": 3}, lambda s: {"net": s}, lambda s: prefixed(s, "model."),
         lambda s: {"state_dict": s, "optimizer": {"x": torch.ones(1)}}, lambda s: prefixed(s, "_orig_mod."),
         lambda s: {"state_dict": prefixed(s, "model.") | {"criterion.weight": torch.ones(19)}},
+        lambda s: {"model": {"state_dict": s}, "epoch": 3},
     )):  # fmt: skip
         torch.save(wrap(prefixed(state, head)), path)
         found = models.DeepLab(num_classes=7, weights=path).state_dict()
@@ -318,8 +321,10 @@ def test_files_that_do_not_fit_are_named_and_no_code_of_theirs_runs(tmp_path):
         ({"a": state, "b": state}, r"several state dicts \(a, b\)"), (b"<html>", "not a file of tensors"),
         ({"model": state, "args": argparse.Namespace(lr=1)}, "it holds a argparse.Namespace.*strip it"),
         (state | {"classifier.4.bias": torch.full((19,), math.nan)}, "classifier.4.bias holds nan"),
+        (torch.jit.trace(nn.ReLU(), torch.ones(1)), "a TorchScript program"),
     ):  # fmt: skip
-        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        save = getattr(content, "save", lambda path, content=content: torch.save(content, path))
+        path.write_bytes(content) if isinstance(content, bytes) else save(path)
         fails(ValueError, f"w.pth: .*{told}", models.DeepLab, weights=str(path))
     assert not (tmp_path / "ran").exists()
     fails(ValueError, r"no.pth: cannot be read \(No such", models.DeepLab, weights=str(tmp_path / "no.pth"))
@@ -447,8 +452,17 @@ def test_every_part_learns_and_the_users_model_is_left_as_it_was(night_weights, 
         ("must have one shape", {"target_day": images}), ("in \\[0, 1\\]", {"target_day": batch["target_day"] - 1}),
         ("source_label: expected int64", {"source_label": batch["source_label"].byte()}),
         ("source_label: expected int64", {"source_label": batch["source_label"][:, None]}),
+        ("source_label: .* got NoneType", {"source_label": None}), ("target_night: .* got NoneType", {"target_night": None}),
+        (r"source_day: expected .*got \(2, 16, 24, 3\)", {"source_day": batch["source_day"].movedim(1, 3)}),
     ):  # fmt: skip
         fails(ValueError, told, method, batch | wrong)
+    fails(
+        ValueError,
+        "not normalised",
+        method,
+        batch | {"source_night": batch["source_night"] * 255},
+        adapt=False,
+    )
     fails(ValueError, "num_static: .* not -1", ccdistill.CCDistill, Own(), num_static=-1)
     plain.load_state_dict(model.state_dict())
     assert_same(model(images), plain(images))  # in training mode: no domains are told apart any more
@@ -480,6 +494,11 @@ def test_night_statistics_are_those_of_the_nights_and_nothing_else_changes():
         *({k: v for k, v in state.items() if k not in own} for state in (before, network.state_dict()))
     )
     assert norm.momentum == 0.1 and not any(module.training for module in network.modules())
+    before = copy.deepcopy(network.state_dict())
+    fails(ValueError, "no batch", ccdistill.take_night_statistics, network, [])
+    fails(ValueError, "not normalised", ccdistill.take_night_statistics, network, nights * 255)
+    assert_same(before, network.state_dict())
+    assert norm.momentum == 0.1 and not norm.training
 
 
 def test_source_steps_leave_targets_out_and_nights_go_through_the_norms_of_m_n():
@@ -672,6 +691,19 @@ def test_layouts(checkpoint, tmp_path, name):
     fails(DataError, "no such folder .* exists and holds", datasets.samples, layout, tmp_path / "p", split)
 
 
+@pytest.mark.parametrize("depth", [2, 4])
+def test_greys_of_few_bits_are_refused_as_labels(tmp_path, depth):
+    # Pillow reads them, spread over 0 to 255: 1 becomes 17 or 85.
+    (path := tmp_path / "x_labelTrainIds.png").write_bytes(b"".join(
+        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        if kind else data for kind, data in (
+            (b"", b"\x89PNG\r\n\x1a\n"), (b"IHDR", bytes([0, 0, 0, 2, 0, 0, 0, 1, depth, 0, 0, 0, 0])),
+            (b"IDAT", zlib.compress(b"\0\x11")), (b"IEND", b""),
+        )
+    ))  # fmt: skip
+    fails(DataError, f"an 8-bit single-channel label, found mode L, {depth} bits", datasets.open_label, path)
+
+
 def test_what_is_incomplete_or_there_twice(tree):
     root, data, acdc = tree / "darkzurich", tree / "cityscapes", tree / "acdc/rgb_anon/night"
     label, other, *_ = sorted((data / "gtFine/train").rglob("*.png"))
@@ -699,7 +731,7 @@ CSVS = {  # what a list holds, and what is wrong with it
     "plain": (LINE, ""), "a comma at the end": (f"{LINE},", ""), "BOM, CRLF, blank lines": (f"\ufeff\r\n {PAIR[0]} , {PAIR[1]} \r\n  \r\n", ""),
     "a heading": (f"night,day\n{LINE}", ""), "days first": (",".join(PAIR[::-1]), ""),
     "quotes": (f'"{PAIR[0]}","{PAIR[1]}"', ""), "backslashes": (LINE.replace("/", "\\"), ""),
-    "endings": (",".join(f"./rgb_anon/{stem}_rgb_anon.png" for stem in PAIR), ""), "blank": ("\n", "no pair"),
+    "endings": (",".join(f"./rgb_anon/{stem}_rgb_anon.PNG" for stem in PAIR), ""), "blank": ("\n", "no pair"),
     "one column": (PAIR[0], "line 1 is not NIGHT,DAY"), "three columns": (f"{LINE},x", "line 1 is not NIGHT"),
     "a NUL": (LINE.replace(",", "\0,"), ".*line"), "semicolons": (";".join(PAIR), "line 1 is not NIGHT,DAY"),
     "a path": (f"\n/etc/passwd,{PAIR[1]}", "line 2 is not train/night"),
@@ -968,8 +1000,18 @@ def test_outputs_over_each_other_or_over_inputs_are_refused_first(city, checkpoi
         ("null: no regular file", *dz, "--json", "/dev/null"),
         ("args.json: exists and is no result of this", *dz, "--json", checkpoint.parent / "args.json"),
         ("best.pt: exists and is no result of this", *dz, "--json", checkpoint.parent / "best.pt"),
+        ("a_rgb_anon.png: exists and is no result", *dz, "--json", two / "a_rgb_anon.png"),
+        ("d.zip: exists and is no result", "--darkzurich", tmp_path / "dz", "--submit", tmp_path / "d.zip"),
     ):  # fmt: skip
+        with zipfile.ZipFile(tmp_path / "d.zip", "w") as mine:
+            mine.writestr("letter.txt", "kept")
         refused(capsys, ["--checkpoint", checkpoint, *more], told, evaluate.main)
+    for _ in range(2):  # into a folder that it makes, under any name, and again
+        run(
+            ["--checkpoint", checkpoint, *dz, "--out", one / "x", "--json", one / "x/scores.txt"],
+            evaluate.main,
+        )
+    assert "miou" in (one / "x/scores.txt").read_text()
 
 
 def test_submissions(checkpoint, tmp_path, capsys, monkeypatch):
@@ -1016,6 +1058,9 @@ def test_files_from_strangers_are_one_line_each(city, checkpoint, tmp_path, caps
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         refused(capsys, ["--checkpoint", path, *data], str(path), evaluate.main)
         refused(capsys, ["--out", tmp_path / "o", "--resume", path], str(path))
+    state["model"]["night.classifier.4.bias"][0] = math.nan
+    torch.save(state, path)
+    refused(capsys, ["--checkpoint", path, *data], "x.pt: classifier.4.bias holds nan", evaluate.main)
 
 
 # ---- training ----------------------------------------------------------------------------------------------
@@ -1179,12 +1224,13 @@ def test_resuming_takes_the_runs_arguments_and_refuses_others(city, checkpoint, 
     for told, more in (
         ("another run: --steps 2 there, 3 here; leave it out", "--steps 3"), ("--lr 0.0005 there", "--lr 1"),
         ("target darkzurich there, acdc here", "--acdc x"), ("--crop [32, 64] there", "--crop 64 64"),
-        ("--no-mix False there, True here", "--no-mix"), ("cannot be read (No such file", f"--out {new}"),
+        ("--no-mix False there, True here", "--no-mix"), ("no such file, nothing to go on from", f"--out {new}"),
         ("best.pt: not a last.pt that a run can go on from", f"{out}/best.pt --out {new}"),
     ):  # fmt: skip
         refused(capsys, [*resume, *more.split()], told)
     torch.save(models.read_state(checkpoint) | {"step": 1}, tmp_path / "other.pt")
     refused(capsys, [*resume, tmp_path / "other.pt"], "holds another run; choose another --out")
+    refused(capsys, [*resume[:2], "--resume", out, "--lr", 1], "--lr 0.0005 there")  # a folder will do
     moved = ["--workers", 2, "--cityscapes", shutil.copytree(city / "cityscapes", tmp_path / "moved")]
     assert run([*resume, tmp_path / "other.pt", "--out", new, *moved]) == 0
     assert (new / "best.pt").exists()  # its own: the score of the other place does not count
@@ -1205,9 +1251,7 @@ def test_another_recipe_begins_there_or_is_refused(city, checkpoint, tmp_path, c
         )
     rows, printed = trained(city, tmp_path / "b", *begin, 4), capsys.readouterr().out
     (tmp_path / "b/last.pt").rename(tmp_path / "b/kept.pt")
-    refused(
-        capsys, arguments(city, tmp_path / "b"), "holds best.pt or samples.png of a run without its last.pt"
-    )
+    refused(capsys, arguments(city, tmp_path / "b"), "holds best.pt, samples.png or log.csv, but no last.pt")
     (tmp_path / "b/kept.pt").rename(tmp_path / "b/last.pt")
     assert [row["step"] for row in rows] == ["3", "4"] and recipe.split()[0] in printed
     if "lr" in recipe:  # it is where the other one was
@@ -1246,10 +1290,13 @@ def test_output_that_nobody_reads_or_can_print_does_not_end_a_run(city, tmp_path
     ("--day-only sees no night", "--day-only --synthetic-night x"), ("--demo draws its own", "--demo"),
     ("no.pth: no such file", "--weights no.pth"), ("no.csv: not a readable csv", "--pairs no.csv"),
     ("256 x 128 (width x height) is smaller than --crop 129 96; give a smaller one", "--crop 129 96"),
-    ("is empty: an unset", "--resume="), ("x/leftImg8bit/train: no", "--cityscapes x"),
-    ("_leftImg8bit.png: no such", "--synthetic-night x"), ("typo: no such", "--day-only --darkzurich typo"),
+    ("is empty: an unset", "--resume="), ("taken: cannot be written to", "--cache taken"),
+    ("is empty: an unset", "evaluate --acdc x --split="), ("leave one out", "evaluate --images x --split x --out y"),
+    ("x/leftImg8bit/train: no", "--cityscapes x"),
+    ("_leftImg8bit.png: no such", "--synthetic-night x"), ("typo: no folder rgb_anon", "--day-only --darkzurich typo"),
     ("pip install tensorboard", "--tensorboard"), ("not allowed", "--acdc x"), ("/proc/x", "--cache /proc/x"),
     ("step 1: style is nan; a lower --lr may help", "--adapt-from 0"), ("start with torchrun", "WORLD_SIZE"),
+    ("WORLD_SIZE=2 is set, but RANK=2: start", "WORLD_SIZE RANK MASTER_ADDR MASTER_PORT"),
     ("--cityscapes DIR is needed", "nothing"), ("give --out DIR", "evaluate --images x"),
     ("--scales: 0", "evaluate --acdc x --scales 0"), ("not allowed", "evaluate --darkzurich x --acdc y"),
     ("for the test split", "evaluate --acdc x --submit s --split val"), ("x/rgb_anon", "evaluate --acdc x"),
@@ -1262,8 +1309,9 @@ def test_nonsense_is_refused_in_one_line(city, checkpoint, tmp_path, capsys, mon
     command, main = [*arguments(city, "run", "--steps", 2), *more.split()], train.main
     if more.startswith("evaluate"):
         command, main = ["--checkpoint", checkpoint, *more.split()[1:]], evaluate.main
-    if more in ("nothing", "WORLD_SIZE"):
-        command = monkeypatch.setenv(more, "2") or []
+    Path("taken").touch()
+    for name in more.split() if more.startswith(("nothing", "WORLD")) else ():
+        command = monkeypatch.setenv(name, "2") or []
     refused(capsys, command, told, main)
     assert not Path("run/last.pt").exists()
 
@@ -1280,6 +1328,26 @@ def test_a_damaged_file_ends_training_with_one_line(tree, tmp_path, capsys, name
         refused(capsys, arguments(tree, tmp_path / workers, "--steps", 5, "--workers", workers), told)
         rows, last = log_of(tmp_path / workers), tmp_path / workers / "last.pt"
         assert len(rows) < 5 and (not rows or models.read_state(last)["step"] == len(rows))  # all is saved
+
+
+def test_a_damaged_file_of_one_process_ends_all_with_the_step_saved(tree, tmp_path):
+    number = datasets._order(6, "0 source 0")[5]  # the second process's of step 3
+    DAMAGES["cut in half"][0](damaged := sorted(tree.rglob("train/demo/*_leftImg8bit.png"))[number])
+    command = [*TWO, *PYTHON, *arguments(tree, tmp_path / "run", "--steps", 9, "--batch-size", 1)]
+    done = subprocess.run(command, **PIPES, check=False)
+    assert done.returncode and done.stderr.count(f"{damaged.name}: not a readable image") == 1
+    assert "Error:" not in done.stderr.replace("ChildFailedError:", "")
+    assert len(log_of(tmp_path / "run")) == models.read_state(tmp_path / "run/last.pt")["step"] == 2
+
+
+def test_waiting_for_processes_that_never_come_can_be_ended(city, tmp_path):
+    more = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29671"}
+    pipes = PIPES | {"env": PIPES["env"] | more}
+    process = subprocess.Popen([*PYTHON, *arguments(city, tmp_path / "run")], **pipes)
+    assert process.stderr.readline() == "waiting for 1 more processes at 127.0.0.1:29671\n"
+    time.sleep(1)
+    process.terminate()
+    assert process.wait(10) == -signal.SIGTERM
 
 
 def test_training_needs_no_labelled_nights_and_bears_void_ones(tree, tmp_path, capsys):
@@ -1337,7 +1405,8 @@ def test_two_processes_are_one_training_and_stay_two(city, tmp_path, capsys):
     close(last, last | {name: p.detach() for name, p in method.named_parameters()}, 1e-5)
     miou = evaluate.evaluate(evaluate.load_model(tmp_path / "two/last.pt")[0], validation, "cpu")["miou"]
     assert f",{miou}," in (tmp_path / "two/log.csv").read_text()
-    refused(capsys, ["--out", tmp_path / "two", "--resume"], "another run: --processes 2 there, 1 here")
+    told = "another run: processes 2 there, 1 here; give torchrun as many"
+    refused(capsys, ["--out", tmp_path / "two", "--resume"], told)
 
 
 def test_each_process_resumes_on_its_own_device(checkpoint, tmp_path, monkeypatch):
@@ -1346,7 +1415,7 @@ def test_each_process_resumes_on_its_own_device(checkpoint, tmp_path, monkeypatc
     monkeypatch.setattr(evaluate, "best_device", lambda: "cuda")
     monkeypatch.setattr(evaluate, "a_device", str)
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.setenv(name, "2")
+        monkeypatch.setenv(name, "1" if name == "RANK" else "2")
     assert train.parse_args(["--out", str(tmp_path), "--resume"])[0].device == "cuda:2"
 
 

@@ -53,7 +53,7 @@ def train(args, state=None):
         stack.enter_context(alone_in(args.out))
         method, optimizer = build(args, state)
         stream, validation = load_data(args)
-        start, rows = begin(method, optimizer, state, validation, args)
+        start, rows = begin(method, optimizer, state, stream, validation, args)
         stop = stack.enter_context(stop_signals())  # until here there is nothing to save
         stack.callback(write_log, rows, Path(args.out, "log.csv"))  # however the run ends
         parallel = method.train().day if args.day_only else method.train()
@@ -62,13 +62,8 @@ def train(args, state=None):
                 parallel, find_unused_parameters=args.adapt_from > 0
             )
         feed, began, last = batches(stream, start, args), time.monotonic(), Path(args.out, "last.pt")
+        batch = next(feed, None)
         for step in range(start + 1, args.steps + 1):
-            try:
-                batch = next(feed)
-            except datasets.DataError:
-                if step > start + 1:
-                    save(checkpoint(args, rows, method, optimizer), last)
-                raise
             # Dropout and styles. The rest of a step's randomness is its samples', see datasets.FourDomains.
             torch.manual_seed(random.Random(f"{args.seed} {step} {ranks()[0]}").getrandbits(63))
             for group in optimizer.param_groups:
@@ -77,12 +72,11 @@ def train(args, state=None):
                 terms = losses_of(parallel, batch, step, args)
             optimizer.zero_grad()
             terms["total"].backward()
-            values, stopping = exchange(terms, method, bool(stop), args)
+            batch, unreadable = next_batch(feed)  # told to the other processes with this step
+            values, stopping = exchange(terms, method, bool(stop or unreadable), args)
             if bad := [name for name, value in values.items() if not math.isfinite(value)]:
                 raise ValueError(f"step {step}: {bad[0]} is {values[bad[0]]}; a lower --lr may help")
             optimizer.step()
-            if step == args.steps and args.night_statistics == "target" and method.night is not method.day:
-                take_night_statistics(method, stream, args)
 
             rows.append({"step": step, "lr": optimizer.param_groups[0]["lr"]} | values)
             if step % args.log_every == 0 or step == args.steps:
@@ -90,12 +84,14 @@ def train(args, state=None):
             due = is_due(step, validation, args)
             if stopping or due or step % args.save_every == 0:
                 save(checkpoint(args, rows, method, optimizer), last)
+            if unreadable:
+                raise unreadable
             if stopping:
                 again = "the same command" + ("" if args.demo else " with --resume")
                 say(f"stopped at step {step}; {again} goes on")
                 sys.exit(128 + (stop or [signal.SIGTERM])[0])
             if ranks()[0] == 0:
-                conclude(rows, due, method, validation, args)
+                conclude(rows, due, method, optimizer, stream, validation, args)
 
 
 def losses_of(parallel, batch, step, args):
@@ -119,6 +115,14 @@ def exchange(terms, method, stop, args):
     return dict(zip(numbers, [value / args.processes for value in sums], strict=True)), stops > 0
 
 
+def next_batch(feed):
+    """(next batch, None), or (None, the DataError of a sample that cannot be read)."""
+    try:
+        return next(feed, None), None
+    except datasets.DataError as error:
+        return None, error
+
+
 def take_night_statistics(method, stream, args):
     """Give M_n the statistics of the last 100 steps' T_n, see `ccdistill.take_night_statistics`."""
     stream = copy.copy(stream)
@@ -132,9 +136,13 @@ def is_due(step, validation, args):
     return step == args.steps or bool(validation) and step % args.eval_every == 0
 
 
-def conclude(rows, due, method, validation, args):
-    """Validate M_n where that is due. The step is saved already."""
+def conclude(rows, due, method, optimizer, stream, validation, args):
+    """After the last step give M_n its statistics; validate it where that is due. The step is saved already,
+    and a resumed run does this again for the step where it begins."""
     out, row, tiles = Path(args.out), rows[-1], []
+    if row["step"] == args.steps and args.night_statistics == "target" and method.night is not method.day:
+        take_night_statistics(method, stream, args)
+        save(checkpoint(args, rows, method, optimizer), out / "last.pt")
 
     def each(item, prediction, _):
         if len(tiles) < 12:
@@ -220,6 +228,8 @@ def build(args, state=None):
 
 def load_data(args):
     """(training stream, labelled validation nights) as the arguments say. Raises DataError."""
+    if args.cache:
+        evaluate.check_writable(args.cache, make=True)
     source = datasets.samples("cityscapes", args.cityscapes, "train", args.labels)
     if not source[0].label:
         raise datasets.DataError(f"{args.cityscapes}/gtFine/train: no such folder")
@@ -237,8 +247,10 @@ def load_data(args):
             else "targets from the first step"
         )
         synthetic = datasets.synthetic_nights(args.synthetic_night, source) if args.synthetic_night else []
-    if root and not Path(root).is_dir():
-        raise datasets.DataError(f"{root}: no such folder")
+        if args.batch_size == 1 and args.pairs == "none":
+            say("warning: one unpaired image a domain: illumination (CDC) and CDS compare nothing")
+    if root and not [*Path(root).glob("rgb_anon"), *Path(root).glob("*/rgb_anon")]:
+        raise datasets.DataError(f"{root}: no folder rgb_anon in it, so no {layout} data")
     if root and datasets.find_folder(root, datasets.LAYOUTS[layout][2].format("val"), must_exist=False):
         validation = datasets.samples(layout, root, labels=args.labels)
     none = "none, the target has no labelled nights (gt/, val); no best.pt"
@@ -310,7 +322,7 @@ def write_log(rows, path):
         datasets.write_whole(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def begin(method, optimizer, state, validation, args):
+def begin(method, optimizer, state, stream, validation, args):
     """Put a checkpoint's content into its places and say where it starts. Returns (step, rows of the log)."""
     path, start, rows = Path(args.out, "args.json"), 0, []
     if state:
@@ -328,7 +340,8 @@ def begin(method, optimizer, state, validation, args):
     if ranks()[0] == 0:
         datasets.write_whole(path, lambda file: file.write(json.dumps(vars(args), indent=1).encode()))
         if rows:  # a step is saved before its validation
-            conclude(rows, is_due(start, validation, args), method, validation, args)
+            due = is_due(start, validation, args)
+            conclude(rows, due, method, optimizer, stream, validation, args)
     if start == args.steps:
         say(f"{state['path']}: at step {start} of {args.steps} already, for evaluate.py")
     return start, rows
@@ -344,6 +357,8 @@ def alone_in(out):
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise ValueError(f"{out}: another run is writing there; choose another --out") from None
+        except OSError as error:
+            raise ValueError(f"{out}: cannot be locked ({error.strerror}); choose another --out") from None
         yield
 
 
@@ -448,7 +463,23 @@ def arguments_parser():
 def processors():
     """How many decoding threads this machine feeds, shared among the processes of a torchrun node."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
+    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return min(8, max(1, cores // max(1, int(local) if local.isdigit() else 1)))
+
+
+def world_size():
+    """How many processes torchrun has started, 1 without it. Raises ValueError on half of its variables."""
+    numbers = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_PORT")}
+    if numbers["WORLD_SIZE"] in ("", "1"):
+        return 1
+    wrong = [f"{name}={value}" for name, value in numbers.items() if not value.isdigit()]
+    wrong += [] if os.environ.get("MASTER_ADDR") else ["MASTER_ADDR="]
+    if not wrong and int(numbers["RANK"]) >= int(numbers["WORLD_SIZE"]):
+        wrong = [f"RANK={numbers['RANK']}"]
+    if wrong:
+        what = f"WORLD_SIZE={numbers['WORLD_SIZE']} is set, but {', '.join(wrong)}"
+        raise ValueError(f"{what}: start with torchrun, or unset WORLD_SIZE")
+    return int(numbers["WORLD_SIZE"])
 
 
 def parse_args(argv):
@@ -460,11 +491,7 @@ def parse_args(argv):
     given = {name: value for name, value in given.items() if value is not absent}
     demo = "demo" in given or ("benchmark" in given and "cityscapes" not in given)
     args, state = argparse.Namespace(**defaults | (DEMO if demo else {}) | given), None
-    world = os.environ.get("WORLD_SIZE") or "1"
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if not world.isdigit() or (world != "1" and missing):
-        parser.error(f"WORLD_SIZE={world} is set, {missing} not: start with torchrun, or unset WORLD_SIZE")
-    args.processes = int(world)
+    args.processes = world_size()
     if args.processes > 1 and args.device == "cuda":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     args.lr = args.lr or LR[args.optimizer]
@@ -481,8 +508,12 @@ def parse_args(argv):
 def going_on(args, given):
     """(arguments, checkpoint) of a run that goes on from a last.pt. --resume: with its own arguments; only
     FREE ones may differ. --init-from: a new run; every difference is printed. Raises ValueError."""
-    path = Path(args.out, "last.pt") if args.resume is True else Path(args.resume or args.init_from)
-    state, last = evaluate.checked(path, models.read_state(path)) | {"path": path}, Path(args.out, "last.pt")
+    path = Path(args.resume if isinstance(args.resume, str) else args.init_from or args.out)
+    path = path / "last.pt" if path.is_dir() or args.resume is True else path
+    last = Path(args.out, "last.pt")
+    if args.resume and not path.exists():
+        raise ValueError(f"{path}: no such file, nothing to go on from; leave --resume out to begin")
+    state = evaluate.checked(path, models.read_state(path)) | {"path": path}
     kinds = {"args": dict, "step": int, "optimizer": dict} | ({"rows": list} if args.resume else {})
     if [type(state.get(name)) for name in kinds] != [*kinds.values()]:
         raise ValueError(f"{path}: not a last.pt that a run can go on from ({', '.join(kinds)})")
@@ -495,11 +526,12 @@ def going_on(args, given):
     differ = [n for n in now if n not in FREE and now[n] != then.get(n) and (n in asked or args.init_from)]
 
     def option(name):
-        return name if name == "target" else f"--{name.replace('_', '-')}"
+        return name if name in ("target", "processes") else f"--{name.replace('_', '-')}"
 
     changes = "; ".join(f"{option(n)} {then.get(n)} there, {now[n]} here" for n in differ)
     if args.resume and differ:
         way_out = "leave it out, or begin another run from there: --init-from FILE --out NEW"
+        way_out = "give torchrun as many" if "processes" in differ else way_out
         way_out = "choose another --out" if args.demo else way_out
         raise ValueError(f"{path}: another run: {changes}; {way_out}")
     if args.resume:
@@ -523,13 +555,14 @@ def contradiction(args):
     alone, target = args.demo or (args.benchmark and not args.cityscapes), args.darkzurich or args.acdc
     own, new = args.demo or args.benchmark, not (args.resume or args.init_from)
     last, rests = Path(args.out, "last.pt"), [Path(args.out, name) for name in ("best.pt", "samples.png")]
+    rests += [Path(args.out, "log.csv")] if not Path(args.out, "args.json").exists() else []
     file = args.weights not in ("none", "imagenet") and not args.resume
     ready, pairs = args.synthetic_night, args.pairs not in ("corresp", "none")
     data = "--cityscapes DIR is needed, and --darkzurich DIR, --acdc DIR or --day-only (or --demo alone)"
     rules = (
         (last.exists() and not args.resume and not own, f"{last}: exists; go on with --resume or choose another --out"),
         (not last.exists() and not own and any(path.exists() for path in rests),
-         f"{args.out}: holds best.pt or samples.png of a run without its last.pt; choose another --out"),
+         f"{args.out}: holds best.pt, samples.png or log.csv, but no last.pt; choose another --out"),
         (file and not os.path.isfile(args.weights), f"--weights {args.weights}: no such file; imagenet, none or a file"),
         (not alone and not (args.cityscapes and (target or args.day_only)), data),
         (args.demo and (args.cityscapes or target or args.day_only or ready or pairs),
@@ -567,8 +600,7 @@ def demo(args):
     """Draw the demo city, train day-only and CCDistill on it for the same number of steps, compare them at
     night."""
     out, results, rows = Path(args.out), {}, {}
-    with alone_in(args.out):
-        use_demo_city(args, out / "city")
+    use_demo_city(args, out / "city")
 
     def draw(item, prediction, _):
         row = rows.setdefault(item["name"], [item["image"], datasets.colourise(item["label"])])
@@ -583,15 +615,17 @@ def demo(args):
         found = datasets.samples("darkzurich", args.darkzurich)
         results[name] = evaluate.evaluate(model, found, args.device, each=draw)
     tiles = [tile for row in list(rows.values())[:4] for tile in row]
-    TF.to_pil_image(grid(tiles, 4)).save(out / "comparison.png")
+    picture = TF.to_pil_image(grid(tiles, 4))
+    datasets.write_whole(out / "comparison.png", lambda file: picture.save(file, "PNG"))
     say(f"\n{'at night':11} day-only  ccdistill\n{evaluate.table(*results.values())}")
     say(f"{out / 'comparison.png'}: night image, day-only, CCDistill, label")
 
 
 def use_demo_city(args, city):
-    if not any(city.glob("darkzurich/corresp/train/night/*/*.csv")):  # the last thing to be written
-        say(f"drawing a city into {city}")
-        datasets.make_demo_city(city)
+    with alone_in(city.parent):
+        if not any(city.glob("darkzurich/corresp/train/night/*/*.csv")):  # the last thing to be written
+            say(f"drawing a city into {city}")
+            datasets.make_demo_city(city)
     args.cityscapes, args.darkzurich = str(city / "cityscapes"), str(city / "darkzurich")
 
 
@@ -654,7 +688,10 @@ def run(argv):
         say(f"waiting for {args.processes - 1} more processes at {address}", sys.stderr)
         if cuda := args.device.startswith("cuda"):
             torch.cuda.set_device(args.device)
-        distributed.init_process_group("nccl" if cuda else "gloo")
+        with contextlib.ExitStack() as stack:  # it waits outside of Python, where no handler of ours runs
+            for number in (signal.SIGINT, signal.SIGTERM):
+                stack.callback(signal.signal, number, signal.signal(number, signal.SIG_DFL))
+            distributed.init_process_group("nccl" if cuda else "gloo")
         sys.stdout = open(os.devnull, "w") if ranks()[0] else sys.stdout  # noqa: SIM115
     demo(args) if args.demo else benchmark(args) if args.benchmark else train(args, state)
 
