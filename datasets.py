@@ -144,9 +144,8 @@ def _read_pairs(table, known, images):
         if stems[0].startswith("train/day/") and stems[1].startswith("train/night/"):
             stems.reverse()  # a list with the days first
         if not (stems[0].startswith("train/night/") and stems[1].startswith("train/day/")):
-            raise DataError(
-                f"{table}: line {number} is not train/night/...,train/day/... but {','.join(row)!r}"
-            )
+            wanted = "train/night/...,train/day/..."
+            raise DataError(f"{table}: line {number} is not {wanted} but {','.join(row)!r}")
         if missing := [stem for stem in stems if stem not in known]:
             raise DataError(f"{table}: line {number}: no file {missing[0]}_rgb_anon.png in {images}")
         yield known[stems[0]], known[stems[1]]
@@ -307,9 +306,7 @@ class FourDomains(torch.utils.data.Dataset):
 def ahead(load, items, workers):
     """Yield load(item) of each item, in order, by threads that are `workers` items ahead. Decoding leaves
     Python to other threads, and threads need neither shared memory nor processes that could be killed."""
-    pool = concurrent.futures.ThreadPoolExecutor(
-        max(1, workers), initializer=torch.set_num_threads, initargs=(1,)
-    )
+    pool = concurrent.futures.ThreadPoolExecutor(max(1, workers), "", torch.set_num_threads, (1,))
     waiting, items = collections.deque(), iter(items)
     try:
         for item in itertools.islice(items, workers):
@@ -342,9 +339,7 @@ def random_crop(size, crop, scale, rng):
 
     def cut(image, mode=TF.InterpolationMode.BILINEAR):
         if TF.get_size(image) != [height, width]:
-            raise DataError(
-                f"expected an image of height and width {height, width}, not {TF.get_size(image)}"
-            )
+            raise DataError(f"expected height and width {height, width}, not {TF.get_size(image)}")
         part = TF.to_image(TF.crop(image, top, left, box_height, box_width))[None]
         # Resized as it lies in memory, pixel by pixel: torch's fast path, with Pillow's values.
         part = TF.resize(part.contiguous(memory_format=torch.channels_last), crop, mode)[0]
@@ -528,21 +523,15 @@ def make_demo_city(root, train=160, val=24):
     and nights with a true pair list; labelled val nights), in the layouts of the real ones. Always the same
     pixels."""
     night, day = (f"train/{light}/DEMO_{light}/DEMO_{light}_frame_{{:06d}}" for light in ("night", "day"))
-    source, held = "demo/demo_{:06d}_000000", "val/night/DEMO_val/DEMO_val_frame_{:06d}"
+    source, held = "demo/demo_{}_000000", "val/night/DEMO_val/DEMO_val_frame_{:06d}"
+    image, label = f"leftImg8bit/{{}}/{source}_leftImg8bit", f"gtFine/{{}}/{source}_gtFine_labelIds"
     plan = [  # city, place, count, light, image, label
-        (
-            "source",
-            s,
-            n,
-            "day",
-            f"leftImg8bit/{s}/{source}_leftImg8bit",
-            f"gtFine/{s}/{source}_gtFine_labelIds",
-        )
-        for s, n in (("train", train), ("val", val))
+        ("source", "train", train, "day", image.format("train", "{:06d}"), label.format("train", "{:06d}")),
+        ("source", "val", val, "day", image.format("val", "{:06d}"), label.format("val", "{:06d}")),
+        ("target", "train", train, "day", f"rgb_anon/{day}_rgb_anon", None),
+        ("target", "train", train, "night", f"rgb_anon/{night}_rgb_anon", None),
+        ("target", "val", val, "night", f"rgb_anon/{held}_rgb_anon", f"gt/{held}_gt_labelTrainIds"),
     ]
-    plan.append(("target", "train", train, "day", f"rgb_anon/{day}_rgb_anon", None))
-    plan.append(("target", "train", train, "night", f"rgb_anon/{night}_rgb_anon", None))
-    plan.append(("target", "val", val, "night", f"rgb_anon/{held}_rgb_anon", f"gt/{held}_gt_labelTrainIds"))
     for city, place, count, light, image_name, label_name in plan:
         folder = Path(root, "cityscapes" if city == "source" else "darkzurich")
         for n in range(count):

@@ -324,9 +324,7 @@ def parse_args(argv):
     if args.submit and args.split not in (None, "test"):
         parser.error(f"--submit is for the test split, not --split {args.split}")
     if args.submit and args.layout not in SIZES:
-        parser.error(
-            "--submit is for Dark Zurich's and Cityscapes' test servers; elsewhere --out writes PNGs"
-        )
+        parser.error("--submit is for Dark Zurich's and Cityscapes' servers; elsewhere --out writes PNGs")
     return args
 
 
@@ -476,9 +474,8 @@ def a_device(text):
         try:
             torch.zeros(1, device=text if text.partition(":")[0] in ("cuda", "mps") else "none")
         except (RuntimeError, AssertionError):
-            raise argparse.ArgumentTypeError(
-                f"{text}: cuda, mps or cpu, as far as torch has it here"
-            ) from None
+            what = "cuda, mps or cpu, as far as torch has it here"
+            raise argparse.ArgumentTypeError(f"{text}: {what}") from None
     return text
 
 
@@ -513,9 +510,8 @@ def command_parser(manual, **options):
 def status_of(program, run):
     """The exit status of run(). What a user can mend is told in one line, with status 2."""
     for number in (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")):
-        if (
-            number and signal.getsignal(number) is signal.SIG_DFL
-        ):  # exit cleans up, dying of a signal does not
+        # An exit cleans up, dying of a signal does not.
+        if number and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         return run() or 0

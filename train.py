@@ -58,9 +58,8 @@ def train(args, state=None):
         stack.callback(write_log, rows, Path(args.out, "log.csv"))  # however the run ends
         parallel = method.train().day if args.day_only else method.train()
         if args.processes > 1:  # the projection head rests until the targets join
-            parallel = nn.parallel.DistributedDataParallel(
-                parallel, find_unused_parameters=args.adapt_from > 0
-            )
+            unused = args.adapt_from > 0
+            parallel = nn.parallel.DistributedDataParallel(parallel, find_unused_parameters=unused)
         feed, began, last = batches(stream, start, args), time.monotonic(), Path(args.out, "last.pt")
         batch = next(feed, None)
         for step in range(start + 1, args.steps + 1):
@@ -107,7 +106,7 @@ def exchange(terms, method, stop, args):
     processes, and of the gradient's norm; does any process want to stop)."""
     numbers = {name: torch.as_tensor(term, device=args.device).detach() for name, term in terms.items()}
     numbers["gradient"] = nn.utils.get_total_norm([p.grad for p in method.parameters() if p.grad is not None])
-    message = torch.stack([value.double() for value in numbers.values()])
+    message = torch.stack([value.float() for value in numbers.values()])
     message = torch.cat([message, message.new_tensor([stop])])
     if args.processes > 1:
         distributed.all_reduce(message)
@@ -241,11 +240,8 @@ def load_data(args):
         days, nights = datasets.targets(layout, root, args.pairs)
         how = "unpaired" if args.pairs == "none" else f"in pairs ({args.pairs})"
         say(f"target: {len(days)} days and {len(nights)} nights, {how}, in {root}")
-        say(
-            f"source alone until step {joins}, then the targets join"
-            if joins
-            else "targets from the first step"
-        )
+        joining = f"source alone until step {joins}, then the targets join"
+        say(joining if joins else "targets from the first step")
         synthetic = datasets.synthetic_nights(args.synthetic_night, source) if args.synthetic_night else []
         if args.batch_size == 1 and args.pairs == "none":
             say("warning: one unpaired image a domain: illumination (CDC) and CDS compare nothing")
@@ -588,9 +584,8 @@ def warn_if_bf16_is_slow(args):
         convolution(x)
         took[dtype] = time.perf_counter() - began  # the second round counts
     if took and (ratio := took[torch.bfloat16] / took[torch.float32]) > 3:
-        say(
-            f"warning: bf16 takes {ratio:.0f} times as long as float32 on this processor: --amp off is faster"
-        )
+        slow = f"bf16 takes {ratio:.0f} times as long as float32 on this processor"
+        say(f"warning: {slow}: --amp off is faster")
 
 
 # ---- demo and benchmark ------------------------------------------------------------------------------------
