@@ -216,7 +216,9 @@ def read_state(path):
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError("a folder, a pipe or a device, no file")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the error says it in one line
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # noqa: BLE001 (unpickling raises whatever the bytes suggest)
