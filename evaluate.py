@@ -12,6 +12,7 @@ does, and `miou_present` also those without label. A class that does not occur h
 """
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import io
@@ -239,54 +240,55 @@ def write_prediction(folder, item, prediction):
             picture.save(path, compress_level=1)  # a quarter of the default's time, a fifth more bytes
 
 
-class Submission:
-    """A zip for a test server, written aside; `with` checks it at the end and names it, or removes it.
+def submission_entries(layout, name):
+    """{entry of the zip: what it holds} for the image of this name."""
+    if layout == "cityscapes":
+        return {f"{name}.png": "labelIds"}
+    kinds = ("labelTrainIds", "labelTrainIds_invalid", "confidence")
+    return {f"{kind}/{name.removesuffix('_rgb_anon')}.png": kind for kind in kinds}
+
+
+@contextlib.contextmanager
+def submission(path, layout, found):
+    """A zip for a test server; yields add(item, prediction, confidence). Written aside, checked and named at
+    the end, or removed.
 
     Dark Zurich: labelTrainIds/, labelTrainIds_invalid/ (the same) and confidence/ (16 bit, 65535 times the
     largest softmax) at its top, names beginning with SEQ_frame_NNNNNN. Cityscapes: labelIds, one PNG an
     image."""
+    for sample in found:
+        if datasets.size_of(sample.image) != SIZES[layout]:
+            wanted = f"the server wants {SIZES[layout]}, width and height"
+            raise datasets.DataError(f"{sample.image}: {wanted}")
+    wanted = [entry for s in found for entry in submission_entries(layout, Path(s.image).stem)]
+    if twice := [entry for entry, times in collections.Counter(wanted).items() if times > 1]:
+        raise ValueError(f"{path}: two images would be {twice[0]} in it")
 
-    def __init__(self, path, layout, found):
-        self.path, self.aside, self.layout = Path(path), Path(f"{path}.{uuid.uuid4().hex[:8]}.tmp"), layout
-        self.wanted = [entry for s in found for entry in self.entries(Path(s.image).stem)]
-        for sample in found:
-            if datasets.size_of(sample.image) != SIZES[layout]:
-                wanted = f"the server wants {SIZES[layout]}, width and height"
-                raise datasets.DataError(f"{sample.image}: {wanted}")
-        self.zip = zipfile.ZipFile(self.aside, "w")
-
-    def entries(self, name):
-        if self.layout == "cityscapes":
-            return {f"{name}.png": "labelIds"}
-        kinds = ("labelTrainIds", "labelTrainIds_invalid", "confidence")
-        return {f"{kind}/{name.removesuffix('_rgb_anon')}.png": kind for kind in kinds}
-
-    def add(self, item, prediction, confidence):
+    def add(item, prediction, confidence):
         confidence = (confidence.cpu().double() * 65535).round().to(torch.uint16).view(torch.int16)
         pixels = {"confidence": confidence, "labelIds": LABEL_IDS[prediction.cpu()]}
         pixels["labelTrainIds"] = pixels["labelTrainIds_invalid"] = prediction.cpu().to(torch.uint8)
-        for entry, kind in self.entries(item["name"]).items():
-            file = io.BytesIO()
-            TF.to_pil_image(pixels[kind]).save(file, format="PNG")
-            with datasets.written(self.path):
-                self.zip.writestr(entry, file.getvalue())
+        for entry, kind in submission_entries(layout, item["name"]).items():
+            TF.to_pil_image(pixels[kind]).save(file := io.BytesIO(), format="PNG")
+            with datasets.written(path):
+                packed.writestr(entry, file.getvalue())
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, failed, *_):
+    aside = Path(f"{path}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        packed = zipfile.ZipFile(aside, "w")
         try:
-            with datasets.written(self.path):
-                self.zip.close()
-            if not failed:
-                with zipfile.ZipFile(self.aside) as packed:
-                    if packed.testzip() or sorted(packed.namelist()) != sorted(self.wanted):
-                        odd = sorted({*packed.namelist()} ^ {*self.wanted})[:3]
-                        raise ValueError(f"{self.path}: {odd} missing or too many")
-                self.aside.replace(self.path)
-                say(f"{self.path}: {len(self.wanted)} entries, checked")
+            yield add
         finally:
-            self.aside.unlink(missing_ok=True)
+            with datasets.written(path):
+                packed.close()
+        with zipfile.ZipFile(aside) as written:
+            odd = sorted({*wanted} ^ {*written.namelist()})[:3]
+            if written.testzip() or odd:
+                raise ValueError(f"{path}: {odd} missing or too many")
+        aside.replace(path)
+        say(f"{path}: {len(wanted)} entries, checked")
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 # ---- the command -------------------------------------------------------------------------------------------
@@ -350,14 +352,14 @@ def run(args):
         if found[0].label and (warning := datasets.label_warning(found)):
             say(warning)
     began, told, done = time.monotonic(), time.monotonic(), []
-    with Submission(args.submit, args.layout, found) if args.submit else contextlib.nullcontext() as packed:
+    with submission(args.submit, args.layout, found) if args.submit else contextlib.nullcontext() as pack:
 
         def each(item, prediction, confidence):
             nonlocal told
             if args.out:
                 write_prediction(args.out, item, prediction)
-            if packed:
-                packed.add(item, prediction, confidence)
+            if pack:
+                pack(item, prediction, confidence)
             done.append(item["name"])
             if time.monotonic() - told > 5:
                 told = time.monotonic()

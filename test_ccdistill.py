@@ -456,13 +456,8 @@ def test_every_part_learns_and_the_users_model_is_left_as_it_was(night_weights, 
         (r"source_day: expected .*got \(2, 16, 24, 3\)", {"source_day": batch["source_day"].movedim(1, 3)}),
     ):  # fmt: skip
         fails(ValueError, told, method, batch | wrong)
-    fails(
-        ValueError,
-        "not normalised",
-        method,
-        batch | {"source_night": batch["source_night"] * 255},
-        adapt=False,
-    )
+    dark = batch | {"source_night": batch["source_night"] * 255}
+    fails(ValueError, "not normalised", method, dark, adapt=False)
     fails(ValueError, "num_static: .* not -1", ccdistill.CCDistill, Own(), num_static=-1)
     plain.load_state_dict(model.state_dict())
     assert_same(model(images), plain(images))  # in training mode: no domains are told apart any more
@@ -490,9 +485,8 @@ def test_night_statistics_are_those_of_the_nights_and_nothing_else_changes():
     close(norm.running_mean, x.mean((0, 1, 3, 4)), 1e-5)
     close(norm.running_var, torch.stack([batch.var((0, 2, 3)) for batch in x]).mean(0), 1e-5)
     own = "body.1.running_mean", "body.1.running_var", "body.1.num_batches_tracked"
-    assert_same(
-        *({k: v for k, v in state.items() if k not in own} for state in (before, network.state_dict()))
-    )
+    states = before, network.state_dict()
+    assert_same(*({k: v for k, v in state.items() if k not in own} for state in states))
     assert norm.momentum == 0.1 and not any(module.training for module in network.modules())
     before = copy.deepcopy(network.state_dict())
     fails(ValueError, "no batch", ccdistill.take_night_statistics, network, [])
@@ -934,10 +928,8 @@ def test_flips_and_scales_average_the_softmax_and_what_goes_wrong_is_told(city, 
     for bad in samples:  # the writer is a thread of its own
         each = lambda item, *_, bad=bad: item["name"] == bad.image.stem and 1 / 0
         fails(ZeroDivisionError, "zero", evaluate.evaluate, model, samples, "cpu", each=each)
-    full, large = (
-        [],
-        lambda _: (_ for _ in ()).throw(RuntimeError("DefaultCPUAllocator: can't allocate memory")),
-    )
+    full, told = [], "DefaultCPUAllocator: can't allocate memory"
+    large = lambda _: (_ for _ in ()).throw(RuntimeError(told))
     large.training, large.eval, large.train = False, int, bool
     fails(DataError, "DEMO_.*: 256 x 128 is too large for the mem", evaluate.evaluate, large, samples, "cpu")
     assert evaluate.evaluate(large, samples, "cpu", failed=full)["miou"] is None and len(full) == 3
@@ -982,7 +974,10 @@ def test_any_picture(checkpoint, tmp_path, capsys):
     refused(capsys, command, "a0.png: not written (", evaluate.main)
 
 
-def test_outputs_over_each_other_or_over_inputs_are_refused_first(city, checkpoint, tmp_path, capsys):
+def test_outputs_over_each_other_or_over_inputs_are_refused_first(
+    city, checkpoint, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(evaluate.SIZES, "darkzurich", (64, 48))
     one, two, new = tmp_path / "one", tmp_path / "two", ["--out", tmp_path / "new"]
     for folder in ("one", "two", "out", "dz/rgb_anon/test/night/1", "dz/rgb_anon/test/night/2"):
         picture(tmp_path / folder / "a_rgb_anon.png")
@@ -1001,16 +996,15 @@ def test_outputs_over_each_other_or_over_inputs_are_refused_first(city, checkpoi
         ("args.json: exists and is no result of this", *dz, "--json", checkpoint.parent / "args.json"),
         ("best.pt: exists and is no result of this", *dz, "--json", checkpoint.parent / "best.pt"),
         ("a_rgb_anon.png: exists and is no result", *dz, "--json", two / "a_rgb_anon.png"),
+        ("y.zip: two images would be labelTrainIds/a.png in it", "--darkzurich", tmp_path / "dz", "--submit", tmp_path / "y.zip"),
         ("d.zip: exists and is no result", "--darkzurich", tmp_path / "dz", "--submit", tmp_path / "d.zip"),
     ):  # fmt: skip
         with zipfile.ZipFile(tmp_path / "d.zip", "w") as mine:
             mine.writestr("letter.txt", "kept")
         refused(capsys, ["--checkpoint", checkpoint, *more], told, evaluate.main)
     for _ in range(2):  # into a folder that it makes, under any name, and again
-        run(
-            ["--checkpoint", checkpoint, *dz, "--out", one / "x", "--json", one / "x/scores.txt"],
-            evaluate.main,
-        )
+        more = [*dz, "--out", one / "x", "--json", one / "x/scores.txt"]
+        run(["--checkpoint", checkpoint, *more], evaluate.main)
     assert "miou" in (one / "x/scores.txt").read_text()
 
 
@@ -1037,7 +1031,7 @@ def test_submissions(checkpoint, tmp_path, capsys, monkeypatch):
     assert {v for p in found.values() for _, v in p.getcolors()} <= {*datasets.LABEL_IDS}
     before = file.read_bytes()  # what does not pass the check does not take the file's name
     command = ["--checkpoint", checkpoint, "--darkzurich", root, "--submit", file, "--device", "cpu"]
-    monkeypatch.setattr(evaluate.Submission, "add", lambda *_: None)
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", lambda *_: None)
     refused(capsys, command, "missing or too many", evaluate.main)
     image.write_bytes(image.read_bytes()[:-40])
     refused(capsys, command, "not a readable image", evaluate.main)
