@@ -5,7 +5,7 @@ layouts. Knows no model.
     days, nights = targets("darkzurich", root)                 paths, element i of both shows one place
     stream = FourDomains(source, days, nights, crop=(512, 512), length=1000)     a torch Dataset
 
-Images leave as (3, H, W) uint8 RGB, labels as (H, W) uint8 trainIds with 255 = ignore. What is wrong with a
+Images are (3, H, W) uint8 RGB, labels as (H, W) uint8 trainIds with 255 = ignore. What is wrong with a
 file raises DataError, whose one line names the file and what was expected. Names that begin with a dot are
 never data.
 """
@@ -117,10 +117,10 @@ def targets(layout, root, pairs="corresp"):
     images = night_folder.parent.parent
     known = {f"train/day/{stem}": path for stem, path in days.items()}
     known |= {f"train/night/{stem}": path for stem, path in nights.items()}
-    found = [pair for table in tables for pair in _read_pairs(table, known, images)]
-    if not found:
+    listed = [pair for table in tables for pair in _read_pairs(table, known, images)]
+    if not listed:
         raise DataError(f"{tables[0]}: no pair in it")
-    nights, days = map(list, zip(*found, strict=True))
+    nights, days = map(list, zip(*listed, strict=True))
     return days, nights
 
 
@@ -160,7 +160,7 @@ def synthetic_nights(root, source):
 def pictures(paths):
     """([Sample] of picture files and of the pictures in folders, what is skipped in these folders: other
     formats, subfolders). Raises DataError."""
-    found, skipped = [], []
+    read, skipped = [], []
     for path in map(Path, paths):
         if not path.exists():
             raise DataError(f"{path}: no such file")
@@ -168,21 +168,21 @@ def pictures(paths):
         files = [p for p in inside if p == path or (p.suffix.lower() in PICTURES and not p.is_dir())]
         if not files:
             raise DataError(f"{path}: no picture in it ({', '.join(PICTURES)})")
-        found += [Sample(file) for file in files]
+        read += [Sample(file) for file in files]
         skipped += [p for p in inside if p not in files]
-    return found, skipped
+    return read, skipped
 
 
-def describe(found, root):
-    """What `samples` found and where, as one line."""
-    kind = found[0].label.stem.rpartition("_")[2] if found[0].label else "no labels"
-    return f"{len(found)} images, {kind}, in {root}"
+def describe(samples, root):
+    """How many images there are, with which labels and where, as one line."""
+    kind = samples[0].label.stem.rpartition("_")[2] if samples[0].label else "no labels"
+    return f"{len(samples)} images, {kind}, in {root}"
 
 
 def check_sizes(groups, crop=None, say=print):
     """Read every image header once; say how far it is. groups: tuples of paths of images that must be of one
     size. crop: (H, W) that must fit in. Raises DataError."""
-    sizes, told = {}, time.monotonic()
+    sizes, reported = {}, time.monotonic()
     for number, group in enumerate(groups, 1):
         for path in group:
             sizes[path] = sizes.get(path) or size_of(path)
@@ -192,22 +192,22 @@ def check_sizes(groups, crop=None, say=print):
         if crop and (height < crop[0] or width < crop[1]):
             small = f"{width} x {height} (width x height) is smaller than --crop {crop[0]} {crop[1]}"
             raise DataError(f"{group[0]}: {small}; give a smaller one")
-        if time.monotonic() - told > 3:
-            told = time.monotonic()
+        if time.monotonic() - reported > 3:
+            reported = time.monotonic()
             say(f"reading image headers: {number} of {len(groups)}")
 
 
-def label_warning(found):
+def label_warning(samples):
     """Read some 30 labels, spread over a split. Returns what is odd about them as one line, or None. Raises
     DataError on an impossible value."""
-    spread, small, void = found[:: -(-len(found) // 30)], [], 0
+    spread, small, void = samples[:: -(-len(samples) // 30)], [], 0
     for sample in spread:
         image, kind = _stored_label(sample.label)
         values = [value for value, count in enumerate(image.histogram()[:IGNORE]) if count]
         void += open_label(sample.label).getextrema()[0] == IGNORE
         if kind == "labelIds" and max(values, default=0) < len(CLASSES):
             small.append(sample.label)
-    what = f"warning: {found[0].label.parent.parent}: of {len(spread)} labels looked at"
+    what = f"warning: {samples[0].label.parent.parent}: of {len(spread)} labels looked at"
     if void == len(spread):
         return f"{what}, every pixel is void (ignored)"
     if small:
@@ -236,7 +236,7 @@ def find_folder(root, name, must_exist=True):
 def _files(folder, ending, must_exist=True):
     """{path below `folder` without its ending: path}, sorted, through symbolic links (a loop is walked once),
     whatever the case of the ending. Raises DataError where there is none and one must exist."""
-    found, seen = {}, set()
+    files, seen = {}, set()
     for here, folders, names in os.walk(folder, followlinks=True):
         new = os.path.realpath(here) not in seen
         seen.add(os.path.realpath(here))
@@ -245,12 +245,12 @@ def _files(folder, ending, must_exist=True):
             if name.lower().endswith(ending.lower()) and not name.startswith("."):
                 path = Path(here, name)
                 stem = path.relative_to(folder).as_posix()[: -len(ending)]
-                if stem in found:
-                    raise DataError(f"{path}: there is also {found[stem].name}; keep one of them")
-                found[stem] = path
-    if not found and must_exist:
+                if stem in files:
+                    raise DataError(f"{path}: there is also {files[stem].name}; keep one of them")
+                files[stem] = path
+    if not files and must_exist:
         raise DataError(f"{folder}: no file *{ending} in it")
-    return dict(sorted(found.items()))
+    return dict(sorted(files.items()))
 
 
 class FourDomains(torch.utils.data.Dataset):
@@ -304,8 +304,8 @@ class FourDomains(torch.utils.data.Dataset):
 
 
 def ahead(load, items, workers):
-    """Yield load(item) of each item, in order, by threads that are `workers` items ahead. Decoding leaves
-    Python to other threads, and threads need neither shared memory nor processes that could be killed."""
+    """Yield load(item) of each item, in order, by threads that are `workers` items ahead. Threads
+    decode side by side, and need neither shared memory nor processes that could be killed."""
     pool = concurrent.futures.ThreadPoolExecutor(max(1, workers), "", torch.set_num_threads, (1,))
     waiting, items = collections.deque(), iter(items)
     try:
@@ -425,8 +425,8 @@ def _stored_label(path):
     with open(path, "rb") as file:
         depth = file.read(25)[24]  # where a PNG says it; Pillow spreads 4-bit greys over 0 to 255
     if image.mode not in ("L", "P") or (image.mode == "L" and depth != 8):
-        found = f"mode {image.mode}, {depth} bits"
-        raise DataError(f"{path}: expected an 8-bit single-channel label, found {found}")
+        stored = f"mode {image.mode}, {depth} bits"
+        raise DataError(f"{path}: expected an 8-bit single-channel label, found {stored}")
     if image.mode == "P":
         if _palette_contradicts(image, TABLES[kind]):
             way_out = f"save the {kind} themselves, as 8-bit grey"
@@ -491,7 +491,7 @@ def written(path, otherwise=""):
 
 
 def write_whole(path, write):
-    """write(file) so that `path` holds what it held or all of the new: written aside, flushed, renamed."""
+    """write(file) to a file beside `path`, which then takes its place: `path` never holds half of it."""
     aside, there = f"{path}.{uuid.uuid4().hex[:8]}.tmp", os.path.exists(path)
     try:
         with written(path, "; what it held before is still whole" if there else ""):
@@ -523,14 +523,14 @@ def make_demo_city(root, train=160, val=24):
     and nights with a true pair list; labelled val nights), in the layouts of the real ones. Always the same
     pixels."""
     night, day = (f"train/{light}/DEMO_{light}/DEMO_{light}_frame_{{:06d}}" for light in ("night", "day"))
-    source, held = "demo/demo_{}_000000", "val/night/DEMO_val/DEMO_val_frame_{:06d}"
+    source, val_name = "demo/demo_{}_000000", "val/night/DEMO_val/DEMO_val_frame_{:06d}"
     image, label = f"leftImg8bit/{{}}/{source}_leftImg8bit", f"gtFine/{{}}/{source}_gtFine_labelIds"
     plan = [  # city, place, count, light, image, label
         ("source", "train", train, "day", image.format("train", "{:06d}"), label.format("train", "{:06d}")),
         ("source", "val", val, "day", image.format("val", "{:06d}"), label.format("val", "{:06d}")),
         ("target", "train", train, "day", f"rgb_anon/{day}_rgb_anon", None),
         ("target", "train", train, "night", f"rgb_anon/{night}_rgb_anon", None),
-        ("target", "val", val, "night", f"rgb_anon/{held}_rgb_anon", f"gt/{held}_gt_labelTrainIds"),
+        ("target", "val", val, "night", f"rgb_anon/{val_name}_rgb_anon", f"gt/{val_name}_gt_labelTrainIds"),
     ]
     for city, place, count, light, image_name, label_name in plan:
         folder = Path(root, "cityscapes" if city == "source" else "darkzurich")

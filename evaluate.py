@@ -44,7 +44,7 @@ MEANS = ("miou", "miou_present", "pixel_accuracy")
 # ---- scores ------------------------------------------------------------------------------------------------
 
 
-def evaluate(model, found, device, workers=1, each=None, failed=None, **views):
+def evaluate(model, samples, device, workers=1, each=None, failed=None, **views):
     """Scores of a model on [Sample], an empty dict where they have no labels.
 
     each(item, prediction, confidence) is called for every image, in a thread, while the network goes on.
@@ -55,14 +55,14 @@ def evaluate(model, found, device, workers=1, each=None, failed=None, **views):
     counts = torch.zeros(classes, classes, dtype=torch.int64, device=device)
     with concurrent.futures.ThreadPoolExecutor(1) as background:
         last = background.submit(int)
-        for result in predictions(model, found, device, workers, failed, **views):
+        for result in predictions(model, samples, device, workers, failed, **views):
             item, prediction, _ = result
             if "label" in item:
                 counts += count(item["label"], prediction, classes)
             last.result()  # raises what went wrong there; one image ahead at most
             last = background.submit(each, *result) if each else last
         last.result()
-    return scores(counts) if found[0].label else {}
+    return scores(counts) if samples[0].label else {}
 
 
 def count(label, prediction, num_classes):
@@ -106,7 +106,7 @@ def table(*results):
 
 
 @torch.no_grad()
-def predictions(model, found, device, workers=1, failed=None, scales=(1.0,), flip=False):
+def predictions(model, samples, device, workers=1, failed=None, scales=(1.0,), flip=False):
     """Yield (item of datasets.load, prediction (H, W) int64, confidence (H, W)), the last two on the device,
     one image at a time. scales, flip: softmax averaged over resized and mirrored images. Raises ValueError
     where the network puts out nan."""
@@ -121,7 +121,7 @@ def predictions(model, found, device, workers=1, failed=None, scales=(1.0,), fli
                 raise
             failed.append(error)
 
-    for item in filter(None, datasets.ahead(load, found, workers)):
+    for item in filter(None, datasets.ahead(load, samples, workers)):
         images = to_float(item["image"][None], device)
         try:
             if tuple(scales) == (1.0,) and not flip and min(images.shape[2:]) >= 32:
@@ -183,7 +183,7 @@ def load_model(path, which="night", device="cpu"):
     state = models.read_state(path)
     if isinstance(state, dict) and "architecture" in state:
         model = rebuilt(path, checked(path, state))
-        with damage_told(path):
+        with damaged_checkpoint(path):
             mine = {k: v for k, v in state["model"].items() if k.startswith(f"{which}.")}
             model.load_state_dict({k.removeprefix(f"{which}."): v for k, v in mine.items()})
         models.check_finite(model, path)
@@ -208,7 +208,7 @@ def checked(path, state):
 
 def rebuilt(path, state):
     """The DeepLab that a checked state describes, not yet with its weights."""
-    with damage_told(path):
+    with damaged_checkpoint(path):
         kind = dict(state["architecture"])
         earlier = [kind.pop(name, None) for name in ("head", "input_format", "branches")]  # no longer written
         if earlier[0] == "deeplabv2" or earlier[1] == "caffe":
@@ -217,7 +217,7 @@ def rebuilt(path, state):
 
 
 @contextlib.contextmanager
-def damage_told(path):
+def damaged_checkpoint(path):
     """What goes wrong inside, where a checkpoint's content does not fit, becomes one line."""
     try:
         yield
@@ -249,18 +249,18 @@ def submission_entries(layout, name):
 
 
 @contextlib.contextmanager
-def submission(path, layout, found):
+def submission(path, layout, samples):
     """A zip for a test server; yields add(item, prediction, confidence). Written aside, checked and named at
     the end, or removed.
 
     Dark Zurich: labelTrainIds/, labelTrainIds_invalid/ (the same) and confidence/ (16 bit, 65535 times the
     largest softmax) at its top, names beginning with SEQ_frame_NNNNNN. Cityscapes: labelIds, one PNG an
     image."""
-    for sample in found:
+    for sample in samples:
         if datasets.size_of(sample.image) != SIZES[layout]:
             wanted = f"the server wants {SIZES[layout]}, width and height"
             raise datasets.DataError(f"{sample.image}: {wanted}")
-    wanted = [entry for s in found for entry in submission_entries(layout, Path(s.image).stem)]
+    wanted = [entry for s in samples for entry in submission_entries(layout, Path(s.image).stem)]
     if twice := [entry for entry, times in collections.Counter(wanted).items() if times > 1]:
         raise ValueError(f"{path}: two images would be {twice[0]} in it")
 
@@ -306,7 +306,8 @@ def parse_args(argv):
     data.add_argument("--images", nargs="+", metavar="PATH", type=a_path, help=how)
     how = "of the data set; if not given val, with --nighttime-driving or --submit test"
     add("--split", type=a_path, help=how)
-    add("--labels", choices=[*datasets.TABLES], default="labelTrainIds", help="read if both are there")
+    how = "which to read where a folder holds both kinds"
+    add("--labels", choices=[*datasets.TABLES], default="labelTrainIds", help=how)
     add("--model", choices=("night", "day"), default="night", help="M_n or M_d")
     add("--flip", action="store_true", help="average with the mirrored image")
     add("--scales", type=number(0.1, 4), nargs="+", default=[1.0], help="average over resized images")
@@ -334,39 +335,39 @@ def run(args):
     """The command: what can be refused is refused before the first image goes through the network."""
     failed, skipped = None, []
     if args.images:
-        (found, skipped), failed = datasets.pictures(args.images), []
-        say(f"{len(found)} pictures")
+        (samples, skipped), failed = datasets.pictures(args.images), []
+        say(f"{len(samples)} pictures")
         if skipped:
             say(f"skipped {len(skipped)}, not read here: {', '.join(map(str, skipped[:5]))}")
     else:
         split = args.split or ("test" if args.submit or args.layout == "nighttime-driving" else "val")
-        found = datasets.samples(args.layout, args.root, split, args.labels)
-        say(f"{args.layout} {split}: {datasets.describe(found, args.root)}")
-        if not found[0].label and not (args.out or args.submit):
+        samples = datasets.samples(args.layout, args.root, split, args.labels)
+        say(f"{args.layout} {split}: {datasets.describe(samples, args.root)}")
+        if not samples[0].label and not (args.out or args.submit):
             way_out = "give --out DIR or --submit FILE for the predictions"
             raise ValueError(f"{args.layout} {args.root}: no labels to score against; {way_out}")
-    check_outputs(args, found)
+    check_outputs(args, samples)
     model, description = load_model(args.checkpoint, args.model, args.device)
     if not args.images:
-        datasets.check_sizes([[path for path in sample if path] for sample in found], say=say)
-        if found[0].label and (warning := datasets.label_warning(found)):
+        datasets.check_sizes([[path for path in sample if path] for sample in samples], say=say)
+        if samples[0].label and (warning := datasets.label_warning(samples)):
             say(warning)
-    began, told, done = time.monotonic(), time.monotonic(), []
-    with submission(args.submit, args.layout, found) if args.submit else contextlib.nullcontext() as pack:
+    began, reported, done = time.monotonic(), time.monotonic(), []
+    with submission(args.submit, args.layout, samples) if args.submit else contextlib.nullcontext() as pack:
 
         def each(item, prediction, confidence):
-            nonlocal told
+            nonlocal reported
             if args.out:
                 write_prediction(args.out, item, prediction)
             if pack:
                 pack(item, prediction, confidence)
             done.append(item["name"])
-            if time.monotonic() - told > 5:
-                told = time.monotonic()
-                say(f"{len(done)} of {len(found)}  {time_left(began, len(done), len(found))}")
+            if time.monotonic() - reported > 5:
+                reported = time.monotonic()
+                say(f"{len(done)} of {len(samples)}  {time_left(began, len(done), len(samples))}")
 
         views = {"scales": args.scales, "flip": args.flip}
-        result = evaluate(model, found, args.device, args.workers, each, failed, **views)
+        result = evaluate(model, samples, args.device, args.workers, each, failed, **views)
     if result:
         say(table(result))
     if args.json:
@@ -380,7 +381,7 @@ def run(args):
     return 2 if failed else 0
 
 
-def check_outputs(args, found):
+def check_outputs(args, samples):
     """Raise ValueError where an output would be written twice, over a file that is read, or not at all."""
 
     def identity(path):  # the same for links to one file
@@ -391,10 +392,10 @@ def check_outputs(args, found):
     outputs = [path for path in (args.json, args.submit) if path]
     if args.out:
         check_writable(args.out, make=True)
-        outputs += [Path(args.out, kind, f"{Path(s.image).stem}.png") for s in found for kind in KINDS]
+        outputs += [Path(args.out, kind, f"{Path(s.image).stem}.png") for s in samples for kind in KINDS]
     for folder in {Path(path).absolute().parent for path in (args.json, args.submit) if path}:
         check_writable(folder)
-    read = {identity(path) for sample in [(args.checkpoint,), *found] for path in sample if path}
+    read = {identity(path) for sample in [(args.checkpoint,), *samples] for path in sample if path}
     seen = {identity(Path(args.out, kind)) for kind in KINDS} if args.out else set()
     for path in outputs:
         me = identity(path)
@@ -510,7 +511,7 @@ def command_parser(manual, **options):
 
 
 def status_of(program, run):
-    """The exit status of run(). What a user can mend is told in one line, with status 2."""
+    """The exit status of run(). What a user can mend is named in one line, with status 2."""
     for number in (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")):
         # An exit cleans up, dying of a signal does not.
         if number and signal.getsignal(number) is signal.SIG_DFL:

@@ -132,8 +132,8 @@ def most_probable(night_logits, day_logits=None, num_static=11):
 
     With day logits of the same place, and where the night's most probable class is static (below
     `num_static`), the static classes are judged by the mean of both softmaxes, as in DANNet (CVPR 2021).
-    Where the night sees something that moves, the day is not asked: a pedestrian must not become the pavement
-    of the day frame.
+    Where the night shows something that moves, the day's prediction is not used: a pedestrian must not become
+    the pavement of the day frame.
     """
     given = {"night_logits": night_logits} | ({} if day_logits is None else {"day_logits": day_logits})
     night, *day = (logits.softmax(1) for logits in _checked("(B, K, H, W)", **given))

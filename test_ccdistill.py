@@ -166,7 +166,7 @@ def test_pseudo_labels():
     night = column([0.95, 0.03, 0.02], [0.3, 0.6, 0.1], [0.05, 0.02, 0.93], [0.9, 0.05, 0.05])
     assert losses.pseudo_labels(night, num_static=2).flatten().tolist() == [0, 255, 2, 0]  # 0.9 reaches 0.9
     day = column([0.1, 0.8, 0.1], [0.01, 0.98, 0.01], [0.98, 0.01, 0.01], [0.9, 0.05, 0.05])
-    # static: (.95 + .1) / 2 < .79 | (.6 + .98) / 2 = .79 | dynamic, the day has no say | .9
+    # static: (.95 + .1) / 2 < .79 | (.6 + .98) / 2 = .79 | dynamic, the day is left out | .9
     assert losses.pseudo_labels(night, day, 0.79, num_static=2).flatten().tolist() == [255, 1, 2, 0]
     # a pedestrian at night, on what was sidewalk by day, never becomes sidewalk
     walk, person = datasets.NAMES.index("sidewalk"), datasets.NAMES.index("person")

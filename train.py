@@ -43,7 +43,7 @@ from losses import segmentation_loss
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs in one folder are not told apart there
+except ImportError:  # Windows: two runs in one folder are not noticed there
     fcntl = None
 
 
@@ -71,7 +71,7 @@ def train(args, state=None):
                 terms = losses_of(parallel, batch, step, args)
             optimizer.zero_grad()
             terms["total"].backward()
-            batch, unreadable = next_batch(feed)  # told to the other processes with this step
+            batch, unreadable = next_batch(feed)  # which the other processes learn with this step
             values, stopping = exchange(terms, method, bool(stop or unreadable), args)
             if bad := [name for name, value in values.items() if not math.isfinite(value)]:
                 raise ValueError(f"step {step}: {bad[0]} is {values[bad[0]]}; a lower --lr may help")
@@ -256,8 +256,8 @@ def load_data(args):
     if ranks()[0] == 0:  # every header is read once, by one process
         datasets.check_sizes(groups, args.crop, say)
         datasets.check_sizes(validation, say=say)
-        for found in filter(None, (source, validation)):
-            if warning := datasets.label_warning(found):
+        for samples in filter(None, (source, validation)):
+            if warning := datasets.label_warning(samples):
                 say(warning)
     size = args.batch_size * args.processes
     stream = datasets.FourDomains(
@@ -323,7 +323,7 @@ def begin(method, optimizer, state, stream, validation, args):
     path, start, rows = Path(args.out, "args.json"), 0, []
     if state:
         weights, start = state["model"], state["step"]
-        with evaluate.damage_told(state["path"]):
+        with evaluate.damaged_checkpoint(state["path"]):
             # Another recipe may have no projection head or teachers, or have them where that one had none.
             own = method.state_dict() if args.init_from else weights
             fits = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
@@ -364,7 +364,7 @@ def stop_signals():
     interrupts at once."""
     stop = []
 
-    def note(number, _):
+    def on_signal(number, _):
         if stop:
             raise KeyboardInterrupt
         stop.append(number)
@@ -372,7 +372,7 @@ def stop_signals():
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # not by nohup
-    handlers = {number: signal.signal(number, note) for number in heeded}
+    handlers = {number: signal.signal(number, on_signal) for number in heeded}
     try:
         yield stop
     finally:
@@ -401,7 +401,8 @@ def arguments_parser():
     target("--darkzurich", type=path, help="days and nights: holds rgb_anon/, corresp/, gt/val/")
     target("--acdc", type=path, help="ACDC night instead: rgb_anon/night/{train,train_ref}, gt/night/val/")
     add("--pairs", type=path, default="corresp", help="a csv of NIGHT,DAY lines; none: unrelated images")
-    add("--labels", choices=[*datasets.TABLES], default="labelTrainIds", help="read if both kinds are there")
+    how = "which to read where a folder holds both kinds"
+    add("--labels", choices=[*datasets.TABLES], default="labelTrainIds", help=how)
     add("--synthetic-night", type=path, help="ready-made nights, in leftImg8bit's tree")
     add("--crop", type=number(32, 10**5, int), nargs=2, default=(512, 512), help="height and width")
     add("--scale", type=number(0.01, 100), nargs=2, default=(0.5, 1.0), help="of the image before the crop")
@@ -607,8 +608,8 @@ def demo(args):
         say(f"\n{name}: {run.steps} steps")
         train(*going_on(run, vars(run)) if run.resume else [run])
         model, _ = evaluate.load_model(out / name / "last.pt", device=args.device)
-        found = datasets.samples("darkzurich", args.darkzurich)
-        results[name] = evaluate.evaluate(model, found, args.device, each=draw)
+        samples = datasets.samples("darkzurich", args.darkzurich)
+        results[name] = evaluate.evaluate(model, samples, args.device, each=draw)
     tiles = [tile for row in list(rows.values())[:4] for tile in row]
     picture = TF.to_pil_image(grid(tiles, 4))
     datasets.write_whole(out / "comparison.png", lambda file: picture.save(file, "PNG"))
