@@ -1282,7 +1282,7 @@ def test_output_that_nobody_reads_or_can_print_does_not_end_a_run(city, tmp_path
     ("--scale wants MIN <= MAX", "--scale 1 0.5"), ("--seed", "--seed 99999999999999999999"),
     ("invalid choice", "--backbone vgg"), ("--foo", "--foo"), ("is empty: an unset", "--cityscapes="),
     ("--day-only sees no night", "--day-only --synthetic-night x"), ("--demo draws its own", "--demo"),
-    ("no.pth: no such file", "--weights no.pth"), ("no.csv: not a readable csv", "--pairs no.csv"),
+    ("no.pth: no such file", "--weights no.pth"), ("no folder rgb_anon", "--day-only --darkzurich taken --weights taken"), ("no.csv: not a readable csv", "--pairs no.csv"),
     ("256 x 128 (width x height) is smaller than --crop 129 96; give a smaller one", "--crop 129 96"),
     ("is empty: an unset", "--resume="), ("taken: cannot be written to", "--cache taken"),
     ("is empty: an unset", "evaluate --acdc x --split="), ("leave one out", "evaluate --images x --split x --out y"),

@@ -51,8 +51,9 @@ def train(args, state=None):
     """One run, to OUT/last.pt at step --steps. state: the checkpoint that it goes on from."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(alone_in(args.out))
-        method, optimizer = build(args, state)
         stream, validation = load_data(args)
+        method, optimizer = build(args, state)
+        check_data(stream, validation, args)
         start, rows = begin(method, optimizer, state, stream, validation, args)
         stop = stack.enter_context(stop_signals())  # until here there is nothing to save
         stack.callback(write_log, rows, Path(args.out, "log.csv"))  # however the run ends
@@ -251,14 +252,6 @@ def load_data(args):
         validation = datasets.samples(layout, root, labels=args.labels)
     none = "none, the target has no labelled nights (gt/, val); no best.pt"
     say(f"validation: {datasets.describe(validation, root) if validation else none}")
-    pairs = [*zip(nights, days, strict=True)] if args.pairs != "none" else [(path,) for path in nights + days]
-    groups = [*source, *pairs, *((s.image, night) for s, night in zip(source, synthetic, strict=False))]
-    if ranks()[0] == 0:  # every header is read once, by one process
-        datasets.check_sizes(groups, args.crop, say)
-        datasets.check_sizes(validation, say=say)
-        for samples in filter(None, (source, validation)):
-            if warning := datasets.label_warning(samples):
-                say(warning)
     size = args.batch_size * args.processes
     stream = datasets.FourDomains(
         source, days, nights, args.crop, args.pairs != "none", synthetic, args.scale, args.seed,
@@ -266,6 +259,20 @@ def load_data(args):
         targets_from=joins * size,
     )  # fmt: skip
     return stream, validation
+
+
+def check_data(stream, validation, args):
+    """Read every image header once, by one process. Raises DataError."""
+    if ranks()[0]:
+        return
+    groups = [(path,) for path in stream.nights + stream.days]
+    groups = [*zip(stream.nights, stream.days, strict=True)] if stream.paired else groups
+    ready = [(sample.image, night) for sample, night in zip(stream.source, stream.synthetic, strict=False)]
+    datasets.check_sizes([*stream.source, *groups, *ready], args.crop, say)
+    datasets.check_sizes(validation, say=say)
+    for samples in filter(None, (stream.source, validation)):
+        if warning := datasets.label_warning(samples):
+            say(warning)
 
 
 def batches(stream, start, args):
@@ -630,8 +637,10 @@ def benchmark(args):
     if not args.cityscapes:
         use_demo_city(args, Path(args.out, "city"))
     args.adapt_from, args.steps = 0, args.benchmark + 4
+    stream, validation = load_data(args)
     method, optimizer = build(args)
-    feed = batches(load_data(args)[0], 0, args)
+    check_data(stream, validation, args)
+    feed = batches(stream, 0, args)
     method.train()
     cuda, times = args.device.startswith("cuda"), {"plain_ms": [], "method_ms": [], "data_ms": []}
 
