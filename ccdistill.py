@@ -222,7 +222,7 @@ def take_night_statistics(network, nights):
     ValueError if there is none. The network is in eval mode afterwards.
     """
     norms = [m for m in network.eval().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta, seen = [norm.momentum for norm in norms], 0
+    before, momenta, seen = copy.deepcopy([n.state_dict() for n in norms]), [n.momentum for n in norms], 0
     try:
         for seen, images in enumerate(nights, 1):
             _check_range(images)
@@ -231,8 +231,10 @@ def take_night_statistics(network, nights):
                 norm.momentum = None  # a plain average over the batches
             network(images)
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm, state, momentum in zip(norms, before, momenta, strict=True):
             norm.momentum = momentum
+            if not norm.num_batches_tracked:  # it saw no batch: PooledNorm has no statistics of single images
+                norm.load_state_dict(state)
         network.eval()
     if not seen:
         raise ValueError("nights: no batch to take statistics of")

@@ -493,6 +493,12 @@ def test_night_statistics_are_those_of_the_nights_and_nothing_else_changes():
     fails(ValueError, "not normalised", ccdistill.take_night_statistics, network, nights * 255)
     assert_same(before, network.state_dict())
     assert norm.momentum == 0.1 and not norm.training
+    model = models.DeepLab()
+    norms = model.backbone.bn1, model.classifier[0].convs[-1][2]
+    for norm in norms:
+        norm.running_mean += 5
+    ccdistill.take_night_statistics(model, torch.rand(2, 1, 3, 64, 96))  # one image has no pooled statistics
+    assert norms[0].running_mean.abs().max() < 5 and (norms[1].running_mean == 5).all()
 
 
 def test_source_steps_leave_targets_out_and_nights_go_through_the_norms_of_m_n():
