@@ -10,11 +10,12 @@ target_day (T_d), target_night (T_n).
 """
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torchvision.transforms import v2
 
 from losses import content_terms, most_probable, pseudo_labels, segmentation_loss, style_distill
@@ -57,6 +58,10 @@ class CCDistill(nn.Module):
             raise ValueError(f"night style must be one of {NIGHT_STYLES}, got {night_style!r}")
         if num_static < 0:
             raise ValueError(f"num_static: so many classes stand still, 0 or more, not {num_static}")
+        if not 0 <= pseudo_threshold <= 1:
+            raise ValueError(f"pseudo_threshold: a probability from 0 to 1, not {pseudo_threshold}")
+        if not all(0 <= w < math.inf for w in (content_weight, style_weight, js_weight, pseudo_weight)):
+            raise ValueError("weights must be finite and not negative")
         if batch_norm == "domain":
             with_domain_norms(model)
         self.day, self.night = model, night_model(model, night_weights)
@@ -80,7 +85,7 @@ class CCDistill(nn.Module):
         check_batch(batch, adapt)
         s_d, label, s_n = batch["source_day"], batch["source_label"], batch.get("source_night")
         if s_n is None:  # Trans
-            s_n = night_style(s_d, batch["target_night"], self.night_style)
+            s_n = night_style(s_d, batch["target_night"], self.night_style).to(s_d.dtype)
         if adapt:
             t_d, t_n, lesson = batch["target_day"], batch["target_night"], None
             if self.night_teacher:
@@ -174,14 +179,19 @@ def check_batch(batch, adapt):
 
 def averaged(network):
     """A copy whose weights follow the network's, by 1 % a step; its statistics are the network's."""
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.99)).requires_grad_(False)
+    return AveragedModel(network, multi_avg_fn=_follow).requires_grad_(False)
+
+
+def _follow(averages, values, _):  # torch's own makes a function that cannot be pickled
+    torch._foreach_lerp_(averages, values, 0.01)
 
 
 def features_and_logits(network, *domains):
     """[(F, P)] of each domain; all are one batch, as the figure draws S_d and T_d through M_d."""
     with domains_apart(network, len(domains)):
         output = network(torch.cat(domains))
-    pair = isinstance(output, tuple | list) and len(output) == 2 and output[0].ndim == output[1].ndim == 4
+    pair = isinstance(output, tuple | list) and len(output) == 2
+    pair = pair and all(isinstance(maps, torch.Tensor) and maps.ndim == 4 for maps in output)
     if not pair or output[1].shape[2:] != domains[0].shape[2:]:
         what = "(features (B, C, h, w), logits (B, K, H, W)), H and W those of the images"
         raise TypeError(f"the model must return {what}")
@@ -222,7 +232,8 @@ def take_night_statistics(network, nights):
     ValueError if there is none. The network is in eval mode afterwards.
     """
     norms = [m for m in network.eval().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before, momenta, seen = copy.deepcopy([n.state_dict() for n in norms]), [n.momentum for n in norms], 0
+    before, momenta = copy.deepcopy([norm.state_dict() for norm in norms]), [norm.momentum for norm in norms]
+    seen, whole = 0, False
     try:
         for seen, images in enumerate(nights, 1):
             _check_range(images)
@@ -230,10 +241,12 @@ def take_night_statistics(network, nights):
                 norm.train().reset_running_stats()
                 norm.momentum = None  # a plain average over the batches
             network(images)
+        whole = True
     finally:
         for norm, state, momentum in zip(norms, before, momenta, strict=True):
             norm.momentum = momentum
-            if not norm.num_batches_tracked:  # it saw no batch: PooledNorm has no statistics of single images
+            # On an error, and where a norm saw no batch (PooledNorm does not count single images), as before.
+            if not (whole and norm.num_batches_tracked):
                 norm.load_state_dict(state)
         network.eval()
     if not seen:

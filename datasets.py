@@ -27,7 +27,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
 from torchvision.transforms.v2 import functional as TF
 
 IGNORE = 255
@@ -400,7 +400,7 @@ def size_of(path):
 def open_image(path):
     """Decoded RGB Pillow image. Raises DataError."""
     image = _opened(path)
-    if image.mode not in ("RGB", "RGBA", "P", "L"):
+    if image.mode not in ("RGB", "RGBA", "P", "L", "LA", "1"):
         raise DataError(f"{path}: expected an 8-bit RGB image, found mode {image.mode}")
     return image.convert("RGB")
 
@@ -474,7 +474,9 @@ def _opened(path, decode=True):
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except Exception as error:  # noqa: BLE001
-        raise DataError(f"{path}: not a readable image ({_reason(error)})") from None
+        reason = "no PNG, JPEG or WebP" if isinstance(error, UnidentifiedImageError) else _reason(error)
+        reason += "; make it smaller" if "Bomb" in type(error).__name__ else ""
+        raise DataError(f"{path}: not a readable image ({reason})") from None
 
 
 def _reason(error):

@@ -80,6 +80,8 @@ def content_distill(
     Four embeddings (B, D) of one shape; pool feature maps first, for example features.mean((2, 3)). Returns a
     scalar, which may be negative, since js subtracts two divergences.
     """
+    if isinstance(js_weight, bool):
+        raise TypeError("js_weight: expected a number; give target_paired by its name")
     embeddings = e_source_day, e_source_night, e_target_day, e_target_night
     terms = content_terms(*embeddings, target_paired, js=js_weight != 0)
     return terms["inherent"] + terms["illumination"] + js_weight * terms.get("js", 0)

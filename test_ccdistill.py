@@ -221,6 +221,7 @@ def test_what_does_not_fit_is_named():
         (r"f_target_night \(2, 5, 4, 4\)", loss.style_distill, *[maps] * 3, rand(2, 5, 4, 4)),
         (r"f_source_day.*\(2, 16, 3\)", loss.style_distill, *[tokens] * 4), ("list", loss.gram, [1]),
         (r"\(1, 9, 4, 5\)", loss.pseudo_labels, rand(1, 9, 4, 4), rand(1, 9, 4, 5)),
+        ("js_weight: expected a number", loss.content_distill, v, v, v, v, False),
         ("e_source_night.*NoneType", loss.content_distill, v, None, v, v), ("list", loss.pseudo_labels, [1]),
         (r"int64 \(2, 4, 4\).*float64", loss.segmentation_loss, maps, maps[:, 0]),
         ("labels: not in 0..2 nor 255", loss.segmentation_loss, maps, torch.full((2, 4, 4), 3)),
@@ -458,7 +459,11 @@ def test_every_part_learns_and_the_users_model_is_left_as_it_was(night_weights, 
         fails(ValueError, told, method, batch | wrong)
     dark = batch | {"source_night": batch["source_night"] * 255}
     fails(ValueError, "not normalised", method, dark, adapt=False)
-    fails(ValueError, "num_static: .* not -1", ccdistill.CCDistill, Own(), num_static=-1)
+    for told, wrong in (
+        ("num_static: .* not -1", {"num_static": -1}), ("pseudo_threshold: .* not 90", {"pseudo_threshold": 90}),
+        ("weights must be finite", {"content_weight": math.nan}), ("weights must be", {"js_weight": -1}),
+    ):  # fmt: skip
+        fails(ValueError, told, ccdistill.CCDistill, Own(), **wrong)
     plain.load_state_dict(model.state_dict())
     assert_same(model(images), plain(images))  # in training mode: no domains are told apart any more
     assert method.day is model and set(vars(model)) == names
@@ -490,7 +495,8 @@ def test_night_statistics_are_those_of_the_nights_and_nothing_else_changes():
     assert norm.momentum == 0.1 and not any(module.training for module in network.modules())
     before = copy.deepcopy(network.state_dict())
     fails(ValueError, "no batch", ccdistill.take_night_statistics, network, [])
-    fails(ValueError, "not normalised", ccdistill.take_night_statistics, network, nights * 255)
+    mixed = [nights[0], nights[1] * 255]  # the first batch counts for nothing then
+    fails(ValueError, "not normalised", ccdistill.take_night_statistics, network, mixed)
     assert_same(before, network.state_dict())
     assert norm.momentum == 0.1 and not norm.training
     model = models.DeepLab()
@@ -988,6 +994,7 @@ def test_outputs_over_each_other_or_over_inputs_are_refused_first(
     for folder in ("one", "two", "out", "dz/rgb_anon/test/night/1", "dz/rgb_anon/test/night/2"):
         picture(tmp_path / folder / "a_rgb_anon.png")
     (tmp_path / "out/color").symlink_to(one)
+    picture(tmp_path / "mine/labelIds/a_rgb_anon.png", mode="L")  # labels made by hand
     (tmp_path / "link.pt").symlink_to(checkpoint)
     over, dz = "no regular file, or one that this command reads", ["--darkzurich", city / "darkzurich"]
     for told, *more in (
@@ -1002,6 +1009,9 @@ def test_outputs_over_each_other_or_over_inputs_are_refused_first(
         ("args.json: exists and is no result of this", *dz, "--json", checkpoint.parent / "args.json"),
         ("best.pt: exists and is no result of this", *dz, "--json", checkpoint.parent / "best.pt"),
         ("a_rgb_anon.png: exists and is no result", *dz, "--json", two / "a_rgb_anon.png"),
+        ("labelIds/a_rgb_anon.png: exists and is no result", "--images", one, "--out", tmp_path / "mine"),
+        ("would become images of", *dz, "--out", city / "darkzurich/rgb_anon/val/night/p"),
+        ("made/: no regular file", *dz, "--json", f"{tmp_path}/made/"),
         ("y.zip: two images would be labelTrainIds/a.png in it", "--darkzurich", tmp_path / "dz", "--submit", tmp_path / "y.zip"),
         ("d.zip: exists and is no result", "--darkzurich", tmp_path / "dz", "--submit", tmp_path / "d.zip"),
     ):  # fmt: skip
@@ -1161,7 +1171,7 @@ def test_resume_is_exact_however_a_run_ended(city, tmp_path, monkeypatch, capsys
         patch.setattr(train, "save", save)
         with pytest.raises(ZeroDivisionError if end == "crash" else SystemExit) as stopped:
             train.main(arguments(city, cut, *more))
-    told = "stopped at step 4; the same command with --resume goes on" in capsys.readouterr().out
+    told = f"stopped at step 4; train.py --out {cut} --resume goes on" in capsys.readouterr().out
     assert end == "crash" or (told and stopped.value.code == 128 + getattr(signal, end))
     assert models.read_state(cut / "last.pt")["step"] == len(log_of(cut)) + (end == "crash") * 0
     (cut / "log.csv").write_text((cut / "log.csv").read_text() + "4,0.00")  # torn
@@ -1220,7 +1230,9 @@ def test_a_closed_terminal_or_torchrun_stops_all_together(city, tmp_path, launch
 
 def test_resuming_takes_the_runs_arguments_and_refuses_others(city, checkpoint, tmp_path, capsys):
     out, resume, new = checkpoint.parent, ["--out", checkpoint.parent, "--resume"], tmp_path / "new"
-    refused(capsys, arguments(city, out, "--steps", 2), "last.pt: exists; go on with --resume")
+    refused(
+        capsys, arguments(city, out, "--steps", 2), f"last.pt: exists; --out {out} --resume alone goes on"
+    )
     for told, more in (
         ("another run: --steps 2 there, 3 here; leave it out", "--steps 3"), ("--lr 0.0005 there", "--lr 1"),
         ("target darkzurich there, acdc here", "--acdc x"), ("--crop [32, 64] there", "--crop 64 64"),
@@ -1233,6 +1245,9 @@ def test_resuming_takes_the_runs_arguments_and_refuses_others(city, checkpoint, 
     refused(capsys, [*resume[:2], "--resume", out, "--lr", 1], "--lr 0.0005 there")  # a folder will do
     moved = ["--workers", 2, "--cityscapes", shutil.copytree(city / "cityscapes", tmp_path / "moved")]
     assert run([*resume, tmp_path / "other.pt", "--out", new, *moved]) == 0
+    Path(first(tmp_path / "moved", IMAGE)).rename(first(tmp_path / "moved", IMAGE).with_name(f"z{IMAGE}"))
+    Path(first(tmp_path / "moved", LABEL)).rename(first(tmp_path / "moved", LABEL).with_name(f"z{LABEL}"))
+    refused(capsys, ["--out", new, "--resume"], "the run saw 6 source images, 6 days, 6 nights (names: ")
     assert (new / "best.pt").exists()  # its own: the score of the other place does not count
 
 

@@ -27,6 +27,7 @@ import signal
 import statistics
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -52,6 +53,7 @@ def train(args, state=None):
     with contextlib.ExitStack() as stack:
         stack.enter_context(alone_in(args.out))
         stream, validation = load_data(args)
+        same_files(stream, args)
         method, optimizer = build(args, state)
         check_data(stream, validation, args)
         start, rows = begin(method, optimizer, state, stream, validation, args)
@@ -87,7 +89,7 @@ def train(args, state=None):
             if unreadable:
                 raise unreadable
             if stopping:
-                again = "the same command" + ("" if args.demo else " with --resume")
+                again = "the same command" if args.demo else f"train.py --out {args.out} --resume"
                 say(f"stopped at step {step}; {again} goes on")
                 sys.exit(128 + (stop or [signal.SIGTERM])[0])
             if ranks()[0] == 0:
@@ -259,6 +261,22 @@ def load_data(args):
         targets_from=joins * size,
     )  # fmt: skip
     return stream, validation
+
+
+def same_files(stream, args):
+    """Note which files a run draws from; raise ValueError where a resumed one would draw from others."""
+    domains = {
+        "source images": [s.image for s in stream.source],
+        "days": stream.days,
+        "nights": stream.nights,
+    }
+    names = " ".join(path.name for paths in domains.values() for path in paths)
+    files = ", ".join(f"{len(paths)} {name}" for name, paths in domains.items())
+    files = f"{files} (names: {zlib.crc32(os.fsencode(names)):08x})"
+    if args.resume and getattr(args, "files", files) != files:
+        way_out = "bring the data back, or begin another run from there: --init-from FILE --out NEW"
+        raise ValueError(f"{args.out}: the run saw {args.files}, now there are {files}; {way_out}")
+    args.files = files
 
 
 def check_data(stream, validation, args):
@@ -468,7 +486,7 @@ def processors():
     """How many decoding threads this machine feeds, shared among the processes of a torchrun node."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     local = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return min(8, max(1, cores // max(1, int(local) if local.isdigit() else 1)))
+    return min(8, max(1, cores // max(1, int(local) if local.isdecimal() else 1)))
 
 
 def world_size():
@@ -476,7 +494,7 @@ def world_size():
     numbers = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_PORT")}
     if numbers["WORLD_SIZE"] in ("", "1"):
         return 1
-    wrong = [f"{name}={value}" for name, value in numbers.items() if not value.isdigit()]
+    wrong = [f"{name}={value}" for name, value in numbers.items() if not value.isdecimal()]
     wrong += [] if os.environ.get("MASTER_ADDR") else ["MASTER_ADDR="]
     if not wrong and int(numbers["RANK"]) >= int(numbers["WORLD_SIZE"]):
         wrong = [f"RANK={numbers['RANK']}"]
@@ -524,8 +542,9 @@ def going_on(args, given):
     if args.resume and last.exists() and not path.samefile(last):
         raise ValueError(f"{args.out}: holds another run; choose another --out to go on from {path}")
     then, now = dict(state["args"]), json.loads(json.dumps(vars(args)))
-    for target in (then, now):  # the target's path may differ, its kind may not
-        target["target"] = "acdc" if target.get("acdc") else "darkzurich"
+    for run in (then, now):  # paths may differ, kinds may not
+        run["target"] = "acdc" if run.get("acdc") else "darkzurich"
+        run["pairs"] = run["pairs"] if run.get("pairs") in ("corresp", "none") else "a csv"
     asked = {*given, "processes"} | ({"target"} if {"acdc", "darkzurich"} & {*given} else set())
     differ = [n for n in now if n not in FREE and now[n] != then.get(n) and (n in asked or args.init_from)]
 
@@ -564,13 +583,13 @@ def contradiction(args):
     ready, pairs = args.synthetic_night, args.pairs not in ("corresp", "none")
     data = "--cityscapes DIR is needed, and --darkzurich DIR, --acdc DIR or --day-only (or --demo alone)"
     rules = (
-        (last.exists() and not args.resume and not own, f"{last}: exists; go on with --resume or choose another --out"),
+        (last.exists() and not args.resume and not own, f"{last}: exists; --out {args.out} --resume alone goes on, or choose another --out"),
         (not last.exists() and not own and any(path.exists() for path in rests),
          f"{args.out}: holds best.pt, samples.png or log.csv, but no last.pt; choose another --out"),
         (file and not os.path.isfile(args.weights), f"--weights {args.weights}: no such file; imagenet, none or a file"),
         (not alone and not (args.cityscapes and (target or args.day_only)), data),
         (args.demo and (args.cityscapes or target or args.day_only or ready or pairs),
-         "--demo draws its own data and trains day-only and the method on it: give it no other data"),
+         "--demo draws its own data and trains day-only and the method on it: --demo and its --out, no other data"),
         (own and (args.processes > 1 or not new),
          "--demo and --benchmark start anew, in one process: no torchrun, --resume or --init-from"),
         (args.day_only and (ready or args.benchmark),
