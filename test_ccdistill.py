@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -309,6 +310,7 @@ def test_weights_are_found_in_whatever_wraps_them(tmp_path):
     assert len(model.classifier[4].bias) == 19
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_files_that_do_not_fit_are_named_and_no_code_of_theirs_runs(tmp_path):
     class Payload:
         def __reduce__(self):
@@ -467,6 +469,15 @@ def test_every_part_learns_and_the_users_model_is_left_as_it_was(night_weights, 
     plain.load_state_dict(model.state_dict())
     assert_same(model(images), plain(images))  # in training mode: no domains are told apart any more
     assert method.day is model and set(vars(model)) == names
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_method_is_pickled_and_runs_in_other_precisions(dtype):
+    method = pickle.loads(pickle.dumps(ccdistill.CCDistill(models.DeepLab()))).to(dtype)
+    batch = {k: v if "label" in k else v.to(dtype) for k, v in toy_batch((32, 48)).items()}
+    batch.pop("source_night")
+    for adapt in (True, False):
+        method(batch, adapt)["total"].backward()
 
 
 def test_domains_of_a_pass_are_normalised_apart_and_the_sources_statistics_are_kept():
@@ -1243,6 +1254,11 @@ def test_resuming_takes_the_runs_arguments_and_refuses_others(city, checkpoint, 
     torch.save(models.read_state(checkpoint) | {"step": 1}, tmp_path / "other.pt")
     refused(capsys, [*resume, tmp_path / "other.pt"], "holds another run; choose another --out")
     refused(capsys, [*resume[:2], "--resume", out, "--lr", 1], "--lr 0.0005 there")  # a folder will do
+    for name in "ab":  # a list of pairs that was moved
+        (tmp_path / name).write_text(LINE)
+    trained(city, tmp_path / "p", "--steps", 1, "--pairs", tmp_path / "a")
+    (tmp_path / "a").unlink()
+    assert run(["--out", tmp_path / "p", "--resume", "--pairs", tmp_path / "b"]) == 0
     moved = ["--workers", 2, "--cityscapes", shutil.copytree(city / "cityscapes", tmp_path / "moved")]
     assert run([*resume, tmp_path / "other.pt", "--out", new, *moved]) == 0
     Path(first(tmp_path / "moved", IMAGE)).rename(first(tmp_path / "moved", IMAGE).with_name(f"z{IMAGE}"))

@@ -471,7 +471,7 @@ def arguments_parser():
     mode = group.add_mutually_exclusive_group().add_argument
     add("--out", type=path, default="runs/ccdistill", help="where everything is written")
     start("--resume", nargs="?", const=True, type=path, help="go on from a last.pt, or that of --out")
-    start("--init-from", type=evaluate.a_file, help="a last.pt to start from, with the arguments given here")
+    start("--init-from", type=path, help="a last.pt to start from, with the arguments given here")
     add("--device", type=evaluate.a_device, default=evaluate.best_device(), help="cuda, mps or cpu")
     add("--eval-every", type=count, default=500, help="steps between validations")
     add("--save-every", type=count, default=500, help="steps between checkpoints")
