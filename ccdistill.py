@@ -70,7 +70,7 @@ class CCDistill(nn.Module):
         self.night_style = night_style
         self.content_weight, self.style_weight, self.js_weight = content_weight, style_weight, js_weight
         self.pseudo_weight, self.pseudo_threshold = pseudo_weight, pseudo_threshold
-        self.day_teacher = self.night_teacher = None
+        self.first, self.day_teacher, self.night_teacher = True, None, None
         if mix and pseudo_weight:
             self.day_teacher = averaged(self.day)
             self.night_teacher = self.day_teacher if self.night is self.day else averaged(self.night)
@@ -82,10 +82,11 @@ class CCDistill(nn.Module):
 
         adapt=False: the targets stay out (T_n lends its style only), and their terms do not exist.
         """
-        check_batch(batch, adapt)
+        check_batch(batch, adapt, self.first)
+        self.first = False
         s_d, label, s_n = batch["source_day"], batch["source_label"], batch.get("source_night")
         if s_n is None:  # Trans
-            s_n = night_style(s_d, batch["target_night"], self.night_style).to(s_d.dtype)
+            s_n = night_style(s_d, batch["target_night"], self.night_style, check=False).to(s_d.dtype)
         if adapt:
             t_d, t_n, lesson = batch["target_day"], batch["target_night"], None
             if self.night_teacher:
@@ -158,8 +159,9 @@ class CCDistill(nn.Module):
         return result
 
 
-def check_batch(batch, adapt):
-    """Raise ValueError naming the entry of a batch that `CCDistill.forward` cannot take."""
+def check_batch(batch, adapt, first=True):
+    """Raise ValueError naming the entry of a batch that `CCDistill.forward` cannot take. The values of images on
+    a GPU are looked at in the first batch alone: the answer waits for the device."""
     used = ["source_day", "source_night" if batch.get("source_night") is not None else "target_night"]
     used = dict.fromkeys([*used, "target_day", "target_night"] if adapt else used)
     wanted, label = getattr(batch.get("source_day"), "shape", None), batch.get("source_label")
@@ -171,7 +173,8 @@ def check_batch(batch, adapt):
         if images.shape != wanted and (adapt or name == "source_night"):
             got = f"source_day {tuple(wanted)}, {name} {tuple(images.shape)}"
             raise ValueError(f"the domains of a batch must have one shape, got {got}")
-    _check_range(*(batch[name] for name in used))
+    if first or images.device.type == "cpu":
+        _check_range(*(batch[name] for name in used))
     if not isinstance(label, torch.Tensor) or label.dtype != torch.int64 or label.shape != images[:, 0].shape:
         got = f"{label.dtype} {tuple(label.shape)}" if hasattr(label, "shape") else type(label).__name__
         raise ValueError(f"source_label: expected int64 {tuple(images[:, 0].shape)}, got {got}")
@@ -257,7 +260,7 @@ def take_night_statistics(network, nights):
 
 
 @torch.no_grad()
-def night_style(day, night, method="random"):
+def night_style(day, night, method="random", check=True):
     """The light of `night` on the content of `day`, without a trained network (our choice).
 
     fda: the lowest spatial frequencies take the night's amplitude and keep their phase (Yang & Soatto, CVPR
@@ -265,7 +268,7 @@ def night_style(day, night, method="random"):
     Reinhard et al., 2001, who did it in another colour space). histogram: each channel takes the night's
     whole histogram. random: one of the last two, drawn for each image. day: (B, 3, H, W), night: (B or 1, 3,
     any, any), float RGB in [0, 1]. Returns (B, 3, H, W) float32 in [0, 1]. Raises ValueError on an unknown
-    method, other shapes or other values.
+    method, other shapes or, with `check`, other values.
     """
     if method not in NIGHT_STYLES:
         raise ValueError(f"night style must be one of {NIGHT_STYLES}, got {method!r}")
@@ -274,7 +277,8 @@ def night_style(day, night, method="random"):
         raise ValueError(f"expected (B, 3, H, W) twice, got {shapes}")
     with torch.autocast(day.device.type, enabled=False):
         day, night = day.float(), night.float()
-        _check_range(day, night)
+        if check:  # on a GPU it waits for the device
+            _check_range(day, night)
         if method == "random":
             coin = torch.rand(len(day), 1, 1, 1, device=day.device) < 0.5
             return torch.where(coin, _colors(day, night), _histograms(day, night)).clamp(0, 1)

@@ -11,6 +11,7 @@ import pickle
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -1372,10 +1373,12 @@ def test_a_damaged_file_of_one_process_ends_all_with_the_step_saved(tree, tmp_pa
 
 
 def test_waiting_for_processes_that_never_come_can_be_ended(city, tmp_path):
-    more = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29671"}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    more = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     pipes = PIPES | {"env": PIPES["env"] | more}
     process = subprocess.Popen([*PYTHON, *arguments(city, tmp_path / "run")], **pipes)
-    assert process.stderr.readline() == "waiting for 1 more processes at 127.0.0.1:29671\n"
+    assert process.stderr.readline() == f"waiting for 1 more processes at 127.0.0.1:{port}\n"
     time.sleep(1)
     process.terminate()
     assert process.wait(10) == -signal.SIGTERM

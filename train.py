@@ -715,7 +715,11 @@ def run(argv):
         with contextlib.ExitStack() as stack:  # it waits outside of Python, where no handler of ours runs
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, signal.SIG_DFL))
-            distributed.init_process_group("nccl" if cuda else "gloo")
+            try:
+                distributed.init_process_group("nccl" if cuda else "gloo")
+            except RuntimeError as error:
+                why = models.one_line(error)[:200]
+                raise ValueError(f"the processes do not meet at {address} ({why})") from None
         sys.stdout = open(os.devnull, "w") if ranks()[0] else sys.stdout  # noqa: SIM115
     demo(args) if args.demo else benchmark(args) if args.benchmark else train(args, state)
 
