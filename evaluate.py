@@ -233,15 +233,15 @@ def write_prediction(folder, item, prediction):
     """FOLDER/{labelTrainIds,labelIds,color,overlay}/NAME.png, at the image's own size."""
     prediction = prediction.cpu()
     colours, image = TF.to_pil_image(datasets.colourise(prediction)), TF.to_pil_image(item["image"])
-    (written_by := PngImagePlugin.PngInfo()).add_text("Software", MARK)
+    written_by = PngImagePlugin.PngInfo()
+    written_by.add_text("Software", MARK)
     ids = [TF.to_pil_image(pixels) for pixels in (prediction.to(torch.uint8), LABEL_IDS[prediction])]
     for kind, picture in zip(KINDS, [*ids, colours, Image.blend(image, colours, 0.5)], strict=True):
         path = Path(folder, kind, f"{item['name']}.png")
         with datasets.written(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(
-                path, compress_level=1, pnginfo=written_by
-            )  # a quarter of the default's time, a fifth more bytes
+            # Level 1 takes a quarter of the default's time and a fifth more bytes.
+            picture.save(path, compress_level=1, pnginfo=written_by)
 
 
 def submission_entries(layout, name):

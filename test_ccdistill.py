@@ -1268,6 +1268,13 @@ def test_resuming_takes_the_runs_arguments_and_refuses_others(city, checkpoint, 
     assert (new / "best.pt").exists()  # its own: the score of the other place does not count
 
 
+@pytest.mark.parametrize("name", ["args.json", "log.csv"])
+def test_a_file_of_another_program_is_not_written_over(city, tmp_path, capsys, name):
+    (tmp_path / name).write_text("somebody's")
+    refused(capsys, arguments(city, tmp_path), f"{tmp_path}: holds best.pt")
+    assert (tmp_path / name).read_text() == "somebody's"
+
+
 @pytest.mark.parametrize("recipe", [
     "--lr 1e-9 --content-weight 0", "--optimizer sgd", "--no-mix", "--no-projection",
     "--batch-norm joint", "--backbone resnet34", "--day-only", "--night-weights separate",
@@ -1283,7 +1290,7 @@ def test_another_recipe_begins_there_or_is_refused(city, checkpoint, tmp_path, c
         )
     rows, printed = trained(city, tmp_path / "b", *begin, 4), capsys.readouterr().out
     (tmp_path / "b/last.pt").rename(tmp_path / "b/kept.pt")
-    refused(capsys, arguments(city, tmp_path / "b"), "holds best.pt, samples.png or log.csv, but no last.pt")
+    refused(capsys, arguments(city, tmp_path / "b"), "args.json, but no last.pt")
     (tmp_path / "b/kept.pt").rename(tmp_path / "b/last.pt")
     assert [row["step"] for row in rows] == ["3", "4"] and recipe.split()[0] in printed
     if "lr" in recipe:  # it is where the other one was

@@ -578,14 +578,15 @@ def contradiction(args):
     alone, target = args.demo or (args.benchmark and not args.cityscapes), args.darkzurich or args.acdc
     own, new = args.demo or args.benchmark, not (args.resume or args.init_from)
     last, rests = Path(args.out, "last.pt"), [Path(args.out, name) for name in ("best.pt", "samples.png")]
-    rests += [Path(args.out, "log.csv")] if not Path(args.out, "args.json").exists() else []
+    if not Path(args.out, ".lock").exists():  # a run that ended before its first save leaves these, and .lock
+        rests += [Path(args.out, name) for name in ("log.csv", "args.json")]
     file = args.weights not in ("none", "imagenet") and not args.resume
     ready, pairs = args.synthetic_night, args.pairs not in ("corresp", "none")
     data = "--cityscapes DIR is needed, and --darkzurich DIR, --acdc DIR or --day-only (or --demo alone)"
     rules = (
         (last.exists() and not args.resume and not own, f"{last}: exists; --out {args.out} --resume alone goes on, or choose another --out"),
         (not last.exists() and not own and any(path.exists() for path in rests),
-         f"{args.out}: holds best.pt, samples.png or log.csv, but no last.pt; choose another --out"),
+         f"{args.out}: holds best.pt, samples.png, log.csv or args.json, but no last.pt; choose another --out"),
         (file and not os.path.isfile(args.weights), f"--weights {args.weights}: no such file; imagenet, none or a file"),
         (not alone and not (args.cityscapes and (target or args.day_only)), data),
         (args.demo and (args.cityscapes or target or args.day_only or ready or pairs),
