@@ -1271,7 +1271,7 @@ def test_resuming_takes_the_runs_arguments_and_refuses_others(city, checkpoint, 
 @pytest.mark.parametrize("name", ["args.json", "log.csv"])
 def test_a_file_of_another_program_is_not_written_over(city, tmp_path, capsys, name):
     (tmp_path / name).write_text("somebody's")
-    refused(capsys, arguments(city, tmp_path), f"{tmp_path}: holds best.pt")
+    refused(capsys, arguments(city, tmp_path, "--steps", 1), f"{tmp_path}: holds best.pt")
     assert (tmp_path / name).read_text() == "somebody's"
 
 
