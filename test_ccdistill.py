@@ -1268,10 +1268,13 @@ def test_resuming_takes_the_runs_arguments_and_refuses_others(city, checkpoint, 
     assert (new / "best.pt").exists()  # its own: the score of the other place does not count
 
 
+NO_LAST = "holds best.pt, samples.png, log.csv or args.json, but no last.pt; choose another --out"
+
+
 @pytest.mark.parametrize("name", ["args.json", "log.csv"])
 def test_a_file_of_another_program_is_not_written_over(city, tmp_path, capsys, name):
     (tmp_path / name).write_text("somebody's")
-    refused(capsys, arguments(city, tmp_path, "--steps", 1), f"{tmp_path}: holds best.pt")
+    refused(capsys, arguments(city, tmp_path, "--steps", 1), f"{tmp_path}: {NO_LAST}")
     assert (tmp_path / name).read_text() == "somebody's"
 
 
@@ -1290,7 +1293,7 @@ def test_another_recipe_begins_there_or_is_refused(city, checkpoint, tmp_path, c
         )
     rows, printed = trained(city, tmp_path / "b", *begin, 4), capsys.readouterr().out
     (tmp_path / "b/last.pt").rename(tmp_path / "b/kept.pt")
-    refused(capsys, arguments(city, tmp_path / "b"), "args.json, but no last.pt")
+    refused(capsys, arguments(city, tmp_path / "b"), NO_LAST)
     (tmp_path / "b/kept.pt").rename(tmp_path / "b/last.pt")
     assert [row["step"] for row in rows] == ["3", "4"] and recipe.split()[0] in printed
     if "lr" in recipe:  # it is where the other one was
