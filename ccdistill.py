@@ -10,6 +10,7 @@ Domains: source_day (S_d), source_night (S_n), target_day (T_d), target_night (T
 
 import contextlib
 import copy
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +36,10 @@ class CCDistill(nn.Module):
     model: M_d. Called with images (B, 3, H, W) float RGB in [0, 1], it returns (features, logits): F
     (B, C, h, w), what its classifier sees, and P (B, K, H, W), at the labels' size; `model.feature_channels`
     is C. `day` is M_d, `night` is M_n (see `night_model`), `projection` is Proj (False: e is F averaged over
-    positions). A term of weight 0 is not computed. target_paired: T_d[i] and T_n[i] show one place; then
-    num_static, the number of classes (the first ones) that do not move, must be given unless K is 19. joint:
-    S and T are one batch to batch norm, as in the figure; else (ours) each domain has batch statistics of its
-    own, and the source's alone enter the running ones. teacher (ours): see `teach`.
+    positions). A term of weight 0 (but for js) is not computed. target_paired: T_d[i] and T_n[i] show one
+    place; then num_static, the number of classes (the first ones) that do not move, must be given unless K is
+    19. joint: S and T are one batch to batch norm, as in the figure; else (ours) each domain has batch
+    statistics of its own, and the source's alone enter the running ones. teacher (ours): see `teach`.
     """
 
     def __init__(self, model, *, night_weights="norm", joint=False, night_style="random", projection=True,
@@ -72,7 +73,7 @@ class CCDistill(nn.Module):
             s_n = night_style(s_d, batch["target_night"], self.style)
         if not adapt:
             p_sd, p_sn = self.day(s_d)[1], self.night(s_n)[1]
-            if self.target_paired:  # raises now, not when the targets join
+            if self.target_paired and self.pseudo_weight:  # raises now, not when the targets join
                 losses.static_classes(p_sd.shape[1], self.num_static)
             seg_day, seg_night = segmentation_loss(p_sd, y), segmentation_loss(p_sn, y)
             return {"seg_day": seg_day, "seg_night": seg_night, "total": seg_day + seg_night}
@@ -101,7 +102,7 @@ class CCDistill(nn.Module):
             terms |= {"content": content, **parts}
         if self.style_weight:
             terms["style"] = losses.style_distill(f_sd, f_sn, f_td, f_tn, target_paired=self.target_paired)
-        terms["total"] = (
+        terms["total"] = (  # a term of your own: put it into terms above, and add it here
             terms["seg_day"] + terms["seg_night"] + self.pseudo_weight * terms.get("pseudo", 0)
             + self.content_weight * terms.get("content", 0) + self.style_weight * terms.get("style", 0)
         )  # fmt: skip
@@ -177,12 +178,10 @@ def momentum(networks, value):
 
 def half_of_the_classes(label):
     """(B, H, W) bool: the pixels of half (rounded up) of the classes that each label (B, H, W) holds."""
-    there = torch.zeros(len(label), 256, dtype=torch.bool, device=label.device)
-    there = there.scatter_(1, label.flatten(1), True)
-    there[:, 255] = False
-    lots = torch.rand(there.shape, device=label.device).masked_fill(~there, -1)
-    last = (there.sum(1, keepdim=True) - 1).clamp(min=0) // 2
-    chosen = there & (lots >= lots.sort(descending=True).values.gather(1, last))
+    there = torch.zeros(len(label), 256, device=label.device).scatter_(1, label.flatten(1), 1.0)
+    there[:, 255] = 0
+    rank = ((1 + torch.rand_like(there)) * there).argsort(1, descending=True).argsort(1)
+    chosen = rank < (there.sum(1, keepdim=True) + 1) // 2
     return chosen.gather(1, label.flatten(1)).view_as(label)
 
 
@@ -204,18 +203,19 @@ def take_night_statistics(network, nights):
     al., 2017): in training they were those of S_n. PooledNorms, by which T_n was normalised with S_n's, keep
     these. nights: batches (B, 3, H, W) of T_n in [0, 1], of any size, each counted alike; ValueError without
     one. The network is in eval mode afterwards."""
+    nights = iter(nights)
+    first = next(nights, None)
+    if first is None:
+        raise ValueError("nights: no batch to take statistics of")
     network.eval()
-    count = 0
     with momentum([network], None) as norms:  # None: a plain average over the batches
         for norm in norms:
-            if not isinstance(norm, PooledNorm):
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and not isinstance(norm, PooledNorm):
                 norm.train().reset_running_stats()
-        for count, images in enumerate(nights, 1):
+        for images in itertools.chain([first], nights):
             check_images(nights=images)
             network(images)
     network.eval()
-    if not count:
-        raise ValueError("nights: no batch to take statistics of")
 
 
 # ---- Trans: S_d in the light of T_n ------------------------------------------------------------------------

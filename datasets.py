@@ -12,6 +12,7 @@ raises DataError, one line that names it. Names that begin with a dot are never 
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import itertools
 import os
 import random
@@ -86,9 +87,7 @@ def targets(layout, root, pairs="corresp"):
         return list(days.values()), list(nights.values())
     if layout == "acdc" and pairs == "corresp":
         return partners(nights, days, ending), list(nights.values())
-    tables = [pairs]
-    if pairs == "corresp":
-        tables = find(root, "corresp/train/night", "_ref_day.csv").values()
+    tables = [pairs] if pairs != "corresp" else find(root, "corresp/train/night", "_ref_day.csv").values()
     listed = [pair for table in tables for pair in read_pairs(table, days, nights)]
     return [day for day, _ in listed], [night for _, night in listed]
 
@@ -110,8 +109,9 @@ def read_pairs(table, days, nights):
 
 def synthetic_nights(root, source):
     """Paths of ready-made S_n for the `source` samples: leftImg8bit's tree and names, under `root`."""
-    names = ["/".join(sample.image.parts[-2:]).removesuffix("_leftImg8bit.png") for sample in source]
-    return partners(names, find(root, "leftImg8bit/train", "_leftImg8bit.png"), "_leftImg8bit.png")
+    ending = "_leftImg8bit.png"
+    names = ["/".join(sample.image.parts[-2:])[: -len(ending)] for sample in source]
+    return partners(names, find(root, "leftImg8bit/train", ending), ending)
 
 
 def partners(names, files, ending):
@@ -134,7 +134,7 @@ def pictures(paths):
 
 def find(root, name, ending, must_exist=True):
     """{path below the folder ROOT/name without its ending: path}, sorted. The folder may also be the one
-    ROOT/*/name there is (zips unpacked side by side). Links are followed, a loop of them once. What cannot be
+    ROOT/*/name there is (zips unpacked side by side). Links are followed, but not upwards. What cannot be
     listed, links to nothing and pictures of another format are refused: part of the data would be missing."""
     root, found = Path(root), {}
     folders = [root / name] if (root / name).is_dir() else sorted(root.glob(f"[!._]*/{name}"))
@@ -173,7 +173,7 @@ def label_warning(samples):
     if not classes:
         return f"{what} every pixel is void (ignored)"
     if "TrainIds" not in samples[0].label.name and LABEL_IDS[max(classes)] <= 18:
-        return f"{what} named labelIds, none is above 18: trainIds? Then name them _labelTrainIds.png"
+        return f"{what} named labelIds, none is above 18: if they are trainIds, name them _labelTrainIds.png"
     if len(classes) == 1:
         return f"{what} all pixels that are not void are {NAMES[min(classes)]}"
     return None
@@ -226,8 +226,12 @@ class FourDomains(torch.utils.data.Dataset):
 
     def pick(self, domain, files, k):
         """The number of item k's file, in an order that is new for every pass over the files."""
-        rng = random.Random(f"{self.seed} {domain} {k // len(files)}")
-        return rng.sample(range(len(files)), len(files))[k % len(files)]
+        return order(len(files), f"{self.seed} {domain} {k // len(files)}")[k % len(files)]
+
+
+@functools.lru_cache(maxsize=8)
+def order(length, key):
+    return random.Random(key).sample(range(length), length)
 
 
 def random_crop(size, crop, scale, rng):
@@ -285,7 +289,7 @@ def of_size(size, decode, path):
 
 
 def open_image(path):
-    """Decoded RGB Pillow image. A JPEG is turned as its EXIF says; PNGs, like labels, stay as stored."""
+    """Decoded RGB Pillow image. JPEG and WebP are turned as their EXIF says; PNGs, like labels, are not."""
     image = decoded(path)
     if image.mode not in ("RGB", "RGBA", "P", "L", "LA", "1"):
         raise DataError(f"{path}: expected an 8-bit RGB image, found mode {image.mode}")
@@ -304,9 +308,10 @@ def open_label(path):
         found = f"{image.format}, mode {image.mode}" + (f", {depth} bits" if image.format == "PNG" else "")
         raise DataError(f"{path}: expected an 8-bit single-channel PNG, found {found}")
     if image.mode == "P":
-        colours = image.getpalette()
-        grey = colours[::3] == colours[1::3] == colours[2::3]  # an optimiser's; others colour their indices
-        image = image.convert("L") if grey else Image.frombytes("L", image.size, image.tobytes())
+        colours, indices = image.getpalette(), Image.frombytes("L", image.size, image.tobytes())
+        greys = image.convert("L") if colours[::3] == colours[1::3] == colours[2::3] else indices
+        apart = len(greys.getcolors(256)) == len(indices.getcolors(256))
+        image = greys if apart else indices  # an optimiser's palette holds the values, others colour them
     train_ids = Path(path).stem.lower().endswith("labeltrainids")
     largest = len(CLASSES) - 1 if train_ids else max(LABEL_IDS)
     if wrong := [value for _, value in image.getcolors(256) if largest < value < IGNORE]:
@@ -389,7 +394,7 @@ def draw_street(city, place, light):
     paint(10, "rectangle", (0, 0, width, horizon))
     while x < width:  # the skyline: trees, and houses with lit windows
         w, top = rng.randint(18, 46), horizon - rng.randint(14, horizon - 4)
-        for _ in range(9) if rng.random() < 0.35 else ():
+        for _ in range(9 * (rng.random() < 0.35)):
             cx, cy, r = x + rng.uniform(0, w), rng.uniform(top, horizon), rng.uniform(5, 11)
             paint(8, "ellipse", (cx - r, cy - r, cx + r, cy + r))
         if rng.random() < 0.6:

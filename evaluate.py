@@ -162,6 +162,8 @@ def submission(path, layout, samples):
     labelIds. It is written aside, compared with the images' names, and then gets its name."""
     wanted = sorted(entry for sample in samples for entry in entries(layout, Path(sample.image).stem))
     aside = Path(f"{path}.tmp")
+    if len({*wanted}) < len(wanted):
+        raise datasets.DataError(f"{path}: two images would have one name in it")
 
     def add(item, prediction, confidence):
         if (size := tuple(item["image"].shape[:0:-1])) != SIZES[layout]:
@@ -176,9 +178,8 @@ def submission(path, layout, samples):
     try:
         with zipfile.ZipFile(aside, "w") as archive:
             yield add
-        found = sorted(zipfile.ZipFile(aside).namelist())
-        if found != wanted or len({*found}) < len(found):
-            raise datasets.DataError(f"{path}: entries and images differ: {sorted({*found} ^ {*wanted})[:3]}")
+        if odd := sorted({*zipfile.ZipFile(aside).namelist()} ^ {*wanted}):
+            raise datasets.DataError(f"{path}: entries and images differ: {odd[:3]}")
         os.replace(aside, path)
         print(f"{path}: {len(wanted)} entries, as the images are named", flush=True)
     finally:
@@ -229,9 +230,7 @@ def main(argv=None):
     labelled = samples[0].label is not None
     print(f"{len(samples)} images, {'labelled' if labelled else 'no labels'}", flush=True)
     if not (labelled or args.out or args.submit):
-        raise datasets.DataError(
-            f"{args.root}: no labels to score {args.split} against: give --out or --submit"
-        )
+        raise datasets.DataError(f"{args.root}: no labels of {args.split}: give --out or --submit")
     if labelled and (warning := datasets.label_warning(samples)):
         print(warning, flush=True)
     model, content = load_model(args.checkpoint, args.model, args.device)

@@ -104,9 +104,8 @@ def dilate(stages):
 def load_weights(model, state, path):
     """Initialise a DeepLab from a state dict. A ResNet's leaves the head as it is; a classifier for another
     number of classes is left out with a warning; what else does not fit raises WeightsError."""
-    bias, optional = state.get("classifier.4.bias"), "classifier."
-    if bias is not None:  # it has a head
-        optional = "classifier.4." if bias.shape != model.classifier[4].bias.shape else "none"
+    bias, own = state.get("classifier.4.bias"), model.classifier[4].bias
+    optional = "classifier." if bias is None else "none" if bias.shape == own.shape else "classifier.4."
     if optional == "classifier.4.":
         warnings.warn(f"{path}: its classifier, for another number of classes, is left out", stacklevel=3)
     state = {k: v for k, v in state.items() if not k.startswith((optional, "output_stride"))}
@@ -124,10 +123,15 @@ def weights_in(content, path, which="night"):
     M_d), of torchvision's ResNets and `deeplabv3_*`, also as {"model": ...} or {"state_dict": ...}."""
     state = content if isinstance(content, dict) else {}
     state = state.get("model", state.get("state_dict", state))
-    if any(str(key).startswith("night.") for key in state):
+    named = isinstance(state, dict) and all(
+        isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()
+    )
+    if named and (which == "day" or any(key.startswith("night.") for key in state)):
         state = {k.removeprefix(f"{which}."): v for k, v in state.items() if k.startswith(f"{which}.")}
-    if not state or not all(torch.is_tensor(value) for value in state.values()):
-        raise WeightsError(f"{path}: holds no state dict")
+    if not named or not state:
+        raise WeightsError(
+            f"{path}: holds no state dict{' of M_d, as a last.pt does' if which == 'day' else ''}"
+        )
     state = {key.removeprefix("module."): value for key, value in state.items()}
     state = {k: v for k, v in state.items() if not k.startswith(("aux_classifier.", "fc."))}
     return {f"backbone.{key}": value for key, value in state.items()} if "conv1.weight" in state else state
@@ -139,7 +143,7 @@ def architecture_of(state, path):
     kind = blocks, "backbone.layer3.0.conv3.weight" in state
     names = [name for name, known in BACKBONES.items() if known == kind]
     if not names or not {"output_stride", "classifier.4.bias"} <= {*state}:
-        raise WeightsError(f"{path}: no night.pt or last.pt of train.py")
+        raise WeightsError(f"{path}: not written by train.py, whose night.pt and last.pt are read here")
     stride = int(state["output_stride"])
     return {"backbone": names[0], "num_classes": len(state["classifier.4.bias"]), "output_stride": stride}
 

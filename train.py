@@ -11,6 +11,7 @@ that --resume needs), OUT/log.csv, OUT/args.json and OUT/samples.png (night imag
 """
 
 import argparse
+import contextlib
 import csv
 import datetime
 import io
@@ -47,6 +48,8 @@ def train(args):
     """One run, to OUT/night.pt after step --steps."""
     stream, validation = load_data(args)
     method, optimizer = build(args)
+    if RANK == 0:
+        claim(args)  # after whatever a wrong path ends
     start, rows = resume(method, optimizer, args)
     parallel = method.train()
     if PROCESSES > 1:  # the projection head rests until the targets join
@@ -54,10 +57,10 @@ def train(args):
     if 0 < start < args.steps and start % args.eval_every == 0 and "miou" not in rows[-1]:
         validate(method, optimizer, validation, rows, args)  # it had been saved, but ended before
 
-    feed, began = batches(stream, start, args), time.monotonic()
+    feed, told = batches(stream, start, args), (start, time.monotonic())
     batch = next(feed, None)
     for step in range(start + 1, args.steps + 1):
-        if isinstance(batch, datasets.DataError):
+        if isinstance(batch, Exception):
             break
         # Dropout, styles, pasting. The rest of a step's randomness is its samples', see datasets.FourDomains.
         torch.manual_seed(random.Random(f"{args.seed} {step} {RANK}").getrandbits(63))
@@ -76,16 +79,16 @@ def train(args):
         optimizer.step()
 
         rows.append({"step": step, "lr": optimizer.param_groups[0]["lr"], **row})
-        if step % args.log_every == 0 or step == args.steps:
-            report(rows[-1], began, start, args)
         due = step % args.eval_every == 0 and step < args.steps
         if due or stopping or step == args.steps:
             save(method, optimizer, rows, args)
+        if step % args.log_every == 0 or step == args.steps:
+            told = report(rows[-1], told, args)
         if due:
             validate(method, optimizer, validation, rows, args)
         if stopping:
             break
-    if isinstance(batch, datasets.DataError):
+    if isinstance(batch, Exception):
         raise batch
     if rows[-1]["step"] == args.steps and RANK == 0:
         finish(method, optimizer, stream, validation, rows, args)
@@ -106,19 +109,20 @@ def exchange(losses, method, stopping):
     return dict(zip([*losses, "gradient"], means, strict=True)), stops > 0
 
 
-def report(row, began, start, args):
-    """Print the progress line: images are those that go through the networks; memory is the peak."""
-    step, unit = row["step"], 2**20 if sys.platform == "darwin" else 2**10  # of a process's memory
+def report(row, told, args):
+    """Print the progress line: speed since the last one (told: its step and time), counting the images that
+    are learned from, and peak memory. Returns this one's step and time."""
+    step, now, mac = row["step"], time.monotonic(), sys.platform == "darwin"
     domains = 1 if args.day_only else 4 if step > args.adapt_from * args.steps else 2
-    rate = (step - start) / (time.monotonic() - began)
+    rate = (step - told[0]) / (now - told[1])
     left = datetime.timedelta(seconds=int((args.steps - step) / rate))
     memory = torch.cuda.max_memory_allocated() / 2**20
-    if resource and not memory:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    images = rate * domains * args.batch_size * PROCESSES
+    if resource and not memory:  # of this process; macOS counts bytes
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if mac else 2**10)
     terms = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
-    speed = f"{rate:.2f} steps/s  {images:.1f} images/s  {memory:.0f} MB"
-    print(f"step {step}/{args.steps}  {left} left  {speed}  {terms}", flush=True)
+    speed = f"{rate:.2f} steps/s  {rate * domains * args.batch_size * PROCESSES:.1f} images/s"
+    print(f"step {step}/{args.steps}  {left} left  {speed}  {memory:.0f} MB  {terms}", flush=True)
+    return step, now
 
 
 def autocast(args):
@@ -147,7 +151,7 @@ def finish(method, optimizer, stream, validation, rows, args):
     if args.night_statistics == "target":
         some = [datasets.Sample(night) for night in stream.nights[:: math.ceil(len(stream.nights) / 200)]]
         items = datasets.ahead(datasets.load, some, args.workers)
-        nights = (to_device(item["image"][None], args) / 255 for item in items)
+        nights = (item["image"][None].to(args.device) / 255 for item in items)
         with autocast(args), torch.compiler.set_stance("force_eager"):
             ccdistill.take_night_statistics(method.night, nights)
         save(method, optimizer, rows, args)
@@ -196,7 +200,8 @@ def build(args):
     if args.compile:  # on a GPU as CUDA graphs; on a CPU with eager's random numbers
         cuda = args.device.startswith("cuda")
         how = {"mode": "reduce-overhead"} if cuda else {"options": {"fallback_random": True}}
-        for network in {method.day, method.night, *(method.teacher.values() if method.teacher else ())}:
+        teachers = method.teacher.values() if method.teacher else []
+        for network in {method.day, method.night, *teachers}:
             network.compile(**how)
     parameters = [p for p in method.parameters() if p.requires_grad]
     groups = [
@@ -217,9 +222,11 @@ def load_data(args):
         days, nights = datasets.targets(layout, root, args.pairs)
     if args.synthetic_night:
         synthetic = datasets.synthetic_nights(args.synthetic_night, source)
-    labels = datasets.LAYOUTS[layout][2].format("val")
-    if root and os.listdir(root) and datasets.find(root, labels, ".png", must_exist=False):
-        validation = datasets.samples(layout, root, "val")
+    val = datasets.LAYOUTS[layout][0].format("val")
+    if (
+        root and os.listdir(root) and datasets.find(root, val, ".png", must_exist=False)
+    ):  # listdir: a wrong root
+        validation = [sample for sample in datasets.samples(layout, root, "val") if sample.label]
     print(f"{len(source)} labelled days, {len(days)} target days and {len(nights)} nights ({args.pairs}), "
           f"{len(validation)} labelled nights to validate", flush=True)  # fmt: skip
     for labelled in (source, validation):
@@ -235,25 +242,21 @@ def load_data(args):
 
 def batches(stream, start, args):
     """The stream from step `start` on, as dicts of device tensors: images float in [0, 1], labels int64. Each
-    process takes its share of a step's samples. A DataError is yielded, and the last."""
+    process takes its share of a step's samples. What cannot be read is yielded as its error, at last."""
     size = args.batch_size
     firsts = range((start * PROCESSES + RANK) * size, len(stream), PROCESSES * size)
 
     def load(first):
         return torch.utils.data.default_collate([stream[k] for k in range(first, first + size)])
 
+    cuda = args.device.startswith("cuda")  # there a copy of pinned memory waits for nothing
     try:
         for batch in datasets.ahead(load, firsts, args.workers):
-            batch = {name: to_device(x, args) for name, x in batch.items()}
+            batch = {name: x.pin_memory() if cuda else x for name, x in batch.items()}
+            batch = {name: x.to(args.device, non_blocking=True) for name, x in batch.items()}
             yield {name: x.long() if name == "source_label" else x / 255 for name, x in batch.items()}
-    except datasets.DataError as error:
+    except (datasets.DataError, OSError) as error:
         yield error
-
-
-def to_device(x, args):
-    """The same tensor on the device; out of pinned memory its copy waits for nothing."""
-    x = x.pin_memory() if args.device.startswith("cuda") else x
-    return x.to(args.device, non_blocking=True)
 
 
 # ---- checkpoints and the log -------------------------------------------------------------------------------
@@ -311,18 +314,20 @@ def claim(args):
     pairs = args.pairs if args.pairs in ("corresp", "none") else "csv"
     now["kind of data"] = [pairs, "acdc" if args.acdc else "darkzurich", bool(args.synthetic_night)]
     now = json.loads(json.dumps(now))
-    if args.resume and path.exists():
-        then = json.loads(path.read_text())
+    if args.resume and path.exists() and (text := path.read_text()):
+        then = json.loads(text)
         differ = [name for name in now if name not in FREE and then.get(name) != now[name]]
         if differ:
             told = ", ".join(f"{name} {then.get(name)} there, {now[name]} here" for name in differ)
             raise datasets.DataError(f"{path}: is of another run: {told}")
         return
     names = ("args.json", "last.pt", "night.pt", "log.csv")
-    if held := [name for name in names if Path(args.out, name).exists()]:
-        raise datasets.DataError(f"{args.out}: holds {held[0]}: add --resume, or choose another --out")
+    held = [name for name in names if Path(args.out, name).exists()]
+    if held and not (args.resume and held == ["args.json"]):  # an empty one is of a start that was killed
+        way_out = "choose another --out" if args.resume else "add --resume, or choose another --out"
+        raise datasets.DataError(f"{args.out}: holds {held[0]}: {way_out}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "x") as file:  # only one process can create it
+    with open(path, "w" if held else "x") as file:  # x: only one process can create it
         json.dump(now, file, indent=1)
 
 
@@ -341,52 +346,52 @@ def parse_args(argv=None):
     add("--acdc", metavar="DIR", help="ACDC night instead: holds rgb_anon/night/, gt/night/val/")
     add("--pairs", default="corresp", help="a csv of NIGHT,DAY lines; none: unrelated images")
     add("--synthetic-night", metavar="DIR", help="ready-made nights, in leftImg8bit's tree")
-    add("--crop", type=int, nargs=2, default=(512, 512), help="height and width")
-    add("--scale", type=float, nargs=2, default=(0.5, 1.0), help="of the image before the crop")
+    add("--crop", type=int, nargs=2, default=(512, 512), help="height and width (512 512)")
+    add("--scale", type=float, nargs=2, default=(0.5, 1.0), help="random resizing before the crop (0.5 1)")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="decoding threads")
     add = parser.add_argument_group("network").add_argument
-    add("--backbone", choices=[*models.BACKBONES], default="resnet18")
-    add("--output-stride", type=int, choices=(8, 16), default=16, help="image size over feature size")
-    add("--weights", default="imagenet", help="imagenet (downloaded once), none, or a file")
-    add("--night-weights", choices=ccdistill.NIGHT_WEIGHTS, default="norm", help="what M_n and M_d share")
-    add("--batch-norm", choices=("domain", "joint"), default="domain", help="joint: S and T are one batch")
+    add("--backbone", choices=[*models.BACKBONES], default="resnet18", help="of torchvision (resnet18)")
+    add("--output-stride", type=int, choices=(8, 16), default=16, help="image size over feature size (16)")
+    add("--weights", default="imagenet", help="imagenet (the default, downloaded once), none, or a file")
+    add("--night-weights", choices=ccdistill.NIGHT_WEIGHTS, default="norm", help="norm: all but norms shared")
+    add("--batch-norm", choices=("domain", "joint"), default="domain", help="of each domain, or S with T")
     add = parser.add_argument_group("method").add_argument
     add("--day-only", action="store_true", help="the baseline: labelled source days alone")
-    add("--night-style", choices=ccdistill.NIGHT_STYLES, default="random", help="how S_n is made")
-    add("--content-weight", type=float, default=1.0, help="of content distillation (CDC)")
-    add("--style-weight", type=float, default=1.0, help="of style distillation (CDS)")
-    add("--js-weight", type=float, default=0.1, help="of the divergences in CDC")
-    add("--pseudo-weight", type=float, default=1.0, help="of the pseudo-labels' loss")
-    add("--pseudo-threshold", type=float, default=0.9, help="softmax of a confident prediction")
-    add("--adapt-from", type=float, default=0.25, help="share of --steps before the targets join")
-    add("--no-teacher", action="store_true", help="targets as in the figure: own labels, plain images")
+    add("--night-style", choices=ccdistill.NIGHT_STYLES, default="random", help="how S_n is made (random)")
+    add("--content-weight", type=float, default=1.0, help="of content distillation, CDC (1)")
+    add("--style-weight", type=float, default=1.0, help="of style distillation, CDS (1)")
+    add("--js-weight", type=float, default=0.1, help="of the divergences in CDC (0.1)")
+    add("--pseudo-weight", type=float, default=1.0, help="of the pseudo-labels' loss (1)")
+    add("--pseudo-threshold", type=float, default=0.9, help="softmax of a confident prediction (0.9)")
+    add("--adapt-from", type=float, default=0.25, help="share (0 to 1) of --steps before targets join")
+    add("--no-teacher", action="store_true", help="no averaged teacher, pasting or strong colours")
     add("--no-projection", action="store_true", help="embeddings are average-pooled features")
-    add("--night-statistics", choices=("target", "source"), help="M_n's at the end (with a teacher: target)")
+    add("--night-statistics", choices=("target", "source"), help="of T_n or S_n at M_n's end (target)")
     add = parser.add_argument_group("run").add_argument
     add("--demo", action="store_true", help="draw a small city, compare day-only and the method on it")
     add("--out", metavar="DIR", default="runs/ccdistill", help="where everything is written")
     add("--resume", action="store_true", help="go on from OUT/last.pt, or begin if there is none")
-    add("--steps", type=int, default=50000)
-    add("--batch-size", type=int, default=2, help="images per domain and process")
-    add("--lr", type=float, default=5e-4, help="learning rate of AdamW")
-    add("--weight-decay", type=float, default=5e-4, help="of all but norms and biases")
-    add("--power", type=float, default=0.9, help="of the polynomial decay of the rate")
+    add("--steps", type=int, default=50000, help="(%(default)s)")
+    add("--batch-size", type=int, default=2, help="images per domain and process (%(default)s)")
+    add("--lr", type=float, default=5e-4, help="learning rate of AdamW (%(default)s)")
+    add("--weight-decay", type=float, default=5e-4, help="of all but norms and biases (%(default)s)")
+    add("--power", type=float, default=0.9, help="of the polynomial decay of the rate (%(default)s)")
     add("--amp", choices=("off", "bf16"), default="bf16" if torch.cuda.is_available() else "off")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--eval-every", type=int, default=500, help="steps between validations, each of them saved")
-    add("--log-every", type=int, default=20, help="steps between progress lines")
+    add("--eval-every", type=int, default=500, help="steps between validations and saves (%(default)s)")
+    add("--log-every", type=int, default=20, help="steps between progress lines (%(default)s)")
     if "--demo" in (sys.argv if argv is None else argv):
-        demo = {"out": "runs/demo", "steps": 250, "batch_size": 4, "crop": (96, 192), "weights": "none"}
-        parser.set_defaults(eval_every=250, **demo)
+        shown = {"out": "runs/demo", "steps": 250, "batch_size": 4, "crop": (96, 192), "weights": "none"}
+        parser.set_defaults(eval_every=250, **shown)
     args = parser.parse_args(argv)
     if not args.demo and not (args.cityscapes and (args.darkzurich or args.acdc or args.day_only)):
-        parser.error(
-            "give --cityscapes DIR with --darkzurich DIR, --acdc DIR or --day-only (or --demo alone)"
-        )
-    if (args.darkzurich and args.acdc) or (args.demo and (args.cityscapes or args.darkzurich or args.acdc)):
-        parser.error("--darkzurich, --acdc and --demo, which draws its own data, exclude each other")
+        parser.error("give --cityscapes DIR, and --darkzurich DIR, --acdc DIR or --day-only; or --demo")
+    if args.darkzurich and args.acdc:
+        parser.error("--darkzurich and --acdc exclude each other")
+    if args.demo and (args.cityscapes or args.darkzurich or args.acdc or args.day_only or PROCESSES > 1):
+        parser.error("--demo draws its own data and trains day-only and the method on it, in one process")
     apart = args.day_only or args.night_weights == "shared"
     if args.night_statistics == "target" and apart:
         parser.error("--night-statistics target needs norms of M_n's own: no --day-only, no shared weights")
@@ -396,15 +401,11 @@ def parse_args(argv=None):
 
 def demo(args):
     """Draw the demo city, train day-only and CCDistill on it for as many steps, compare them at night."""
-    out, results, rows = Path(args.out), [], {}
-    args.cityscapes, args.darkzurich, args.resume = (
-        str(out / "city/cityscapes"),
-        str(out / "city/darkzurich"),
-        True,
-    )
-    if not any(out.glob("city/darkzurich/corresp/train/night/*/*.csv")):  # the last thing to be written
-        print(f"drawing a city into {out / 'city'}", flush=True)
-        datasets.make_demo_city(out / "city")
+    out, city, results, rows = Path(args.out), Path(args.out, "city"), [], {}
+    args.cityscapes, args.darkzurich, args.resume = f"{city}/cityscapes", f"{city}/darkzurich", True
+    if not any(city.glob("darkzurich/corresp/train/night/*/*.csv")):  # the last thing to be written
+        print(f"drawing a city into {city}", flush=True)
+        datasets.make_demo_city(city)
     samples = datasets.samples("darkzurich", args.darkzurich)
 
     def draw(item, prediction, _):
@@ -415,7 +416,6 @@ def demo(args):
         print(f"\n{name}: {args.steps} steps", flush=True)
         run = argparse.Namespace(**vars(args) | {"out": str(out / name), "day_only": name == "day-only"})
         run.night_statistics = "source" if run.day_only else args.night_statistics
-        claim(run)
         train(run)
         model, _ = load_model(out / name / "night.pt", device=args.device)
         results.append(evaluate(model, samples, args.device, each=draw))
@@ -425,10 +425,11 @@ def demo(args):
 
 
 def on_signal(number, _):
-    if STOPPED:
+    if STOPPED and number == signal.SIGINT:
         raise KeyboardInterrupt
     STOPPED.append(number)
-    print("finishing this step, then saving (again: stop at once)", flush=True)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print("finishing this step, then saving (Ctrl-C again: stop at once)", flush=True)
 
 
 def main(argv=None):
@@ -447,8 +448,6 @@ def main(argv=None):
     if args.demo:
         demo(args)
     else:
-        if RANK == 0:
-            claim(args)
         train(args)
     if PROCESSES > 1:
         distributed.destroy_process_group()
