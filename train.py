@@ -121,7 +121,8 @@ def report(row, told, args):
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if mac else 2**10)
     terms = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
     speed = f"{rate:.2f} steps/s  {rate * domains * args.batch_size * PROCESSES:.1f} images/s"
-    print(f"step {step}/{args.steps}  {left} left  {speed}  {memory:.0f} MB  {terms}", flush=True)
+    with contextlib.suppress(OSError):  # a closed terminal or pipe ends no run unsaved
+        print(f"step {step}/{args.steps}  {left} left  {speed}  {memory:.0f} MB  {terms}", flush=True)
     return step, now
 
 
