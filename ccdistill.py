@@ -201,9 +201,8 @@ def night_model(day, night_weights):
 @torch.no_grad()
 def take_night_statistics(network, nights):
     """Give M_n's batch norms the statistics of real target nights when training has ended (ours; AdaBN, Li et
-    al., 2017): in training they were those of S_n. PooledNorms, by which T_n was normalised with S_n's, keep
-    these. nights: batches (B, 3, H, W) of T_n in [0, 1], of any size, each counted alike; ValueError without
-    one. The network is in eval mode afterwards."""
+    al., 2017): in training they were those of S_n. nights: batches (B, 3, H, W) of T_n in [0, 1], of any size,
+    each counted alike; ValueError without one. The network is in eval mode afterwards."""
     nights = iter(nights)
     first = next(nights, None)
     if first is None:
@@ -211,7 +210,9 @@ def take_night_statistics(network, nights):
     network.eval()
     with momentum([network], None) as norms:  # None: a plain average over the batches
         for norm in norms:
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and not isinstance(norm, PooledNorm):
+            if isinstance(norm, PooledNorm):  # its mean alone moves
+                norm.train().num_batches_tracked.zero_()
+            elif isinstance(norm, nn.modules.batchnorm._BatchNorm):
                 norm.train().reset_running_stats()
         for images in itertools.chain([first], nights):
             check_images(nights=images)

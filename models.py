@@ -72,20 +72,28 @@ class ProjectionHead(nn.Module):
 
 
 class PooledNorm(nn.BatchNorm2d):
-    """Batch norm for ASPP's pooled branch, which holds one value a channel and image: over a batch of two,
-    any two values would become 1 and -1. So training, too, normalises by the running statistics, once these
-    have moved by `momentum` towards the batch (exponentially weighted mean and variance, right for one image
-    as for many). In eval mode it is plain batch norm."""
+    """Batch norm for ASPP's pooled branch, which holds one value a channel and image: divided by their own
+    deviation, two values become 1 and -1, whatever they were. So training subtracts the batch's mean (from a
+    single image the running one) but divides by the running deviation. Running mean and variance are
+    exponentially weighted, right for one image as for many. In eval mode it is plain batch norm. Without
+    momentum, as for the statistics of nights, the mean alone moves: a plain average over batches."""
 
     def forward(self, x):
-        mean, var = self.running_mean, self.running_var
         if self.training and self.momentum != 0:
             with torch.no_grad():
+                self.num_batches_tracked += 1
+                share = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
                 values = x.detach().movedim(1, -1).flatten(0, -2)
-                from_old_mean = values - mean
-                mean.lerp_(values.mean(0, dtype=mean.dtype), self.momentum)
-                var.lerp_((from_old_mean * (values - mean)).mean(0), self.momentum)
-            mean, var = mean.clone(), var.clone()  # a later call must not change what backward needs
+                from_old_mean = values - self.running_mean
+                self.running_mean.lerp_(values.mean(0, dtype=self.running_mean.dtype), share)
+                if self.momentum is not None:
+                    self.running_var.lerp_((from_old_mean * (values - self.running_mean)).mean(0), share)
+        mean, var = (
+            self.running_mean.clone(),
+            self.running_var.clone(),
+        )  # for backward, which a later call disturbs
+        if self.training and len(x) > 1:
+            x, mean = x - x.mean((0, 2, 3), keepdim=True), torch.zeros_like(mean)
         return F.batch_norm(x, mean, var, self.weight, self.bias, eps=self.eps)
 
 

@@ -31,8 +31,7 @@ import losses
 import models
 import train
 
-DataError, WeightsError = datasets.DataError, models.WeightsError
-HERE = Path(__file__).parent
+HERE, DataError, WeightsError = Path(__file__).parent, datasets.DataError, models.WeightsError
 FULL = bool(os.environ.get("CCDISTILL_FULL"))  # the long count: 25 kills in 200 steps
 torch.set_num_threads(1)  # tiny tensors: a second thread waits more than it works
 IMAGE, LABEL = "demo_000000_000000_leftImg8bit.png", "demo_000000_000000_gtFine_labelIds.png"
@@ -207,15 +206,16 @@ def test_dilation_computes_the_same_on_a_denser_grid(backbone, stride):
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 8])
 def test_any_size_and_batch_trains_and_eval_mode_is_plain_batch_norm(batch):
-    features, logits = models.DeepLab()(torch.rand(batch, 3, 33, 47))
-    logits.mean().backward()
-    assert logits.shape == (batch, 19, 33, 47) and features.shape == (batch, 256, 3, 3)
+    _, logits = models.DeepLab()(torch.rand(batch, 3, 33, 47))
+    assert logits.shape == (batch, 19, 33, 47) and logits.mean().backward() is None
     norm, plain, x = models.PooledNorm(5), nn.BatchNorm2d(5).eval(), torch.randn(400, 5, 1, 1) * 3 + 7
     out = torch.cat([norm(images) for images in x.split(batch)])
     close(norm.running_mean, x[-60:].mean((0, 2, 3)), 0.3)  # those of the values, of one as of many
     close(norm.running_var, torch.full((5,), 9.0), 0.8)
     plain.load_state_dict(norm.state_dict())
-    close(out[-batch:], plain(x[-batch:]))  # not 1 and -1
+    last, mean, deviation = x[-batch:], norm.running_mean, norm.running_var.sqrt().view(5, 1, 1)
+    mean = last.mean(0) if batch > 1 else mean.view(5, 1, 1)
+    close(out[-batch:], (last - mean) / deviation, 1e-4)  # not 1 and -1
     close(norm.eval()(x), plain(x))
 
 
@@ -332,7 +332,7 @@ def test_each_domain_has_statistics_of_its_own_the_sources_are_kept_and_at_the_e
     for norm in (plain := model.backbone.bn1, pooled := model.classifier[0].convs[-1][2]):
         norm.running_mean += 5
     ccdistill.take_night_statistics(model, torch.rand(2, 1, 3, 64, 96))  # whole frames, one at a time
-    assert plain.running_mean.abs().max() < 5 and (pooled.running_mean == 5).all()
+    assert max(plain.running_mean.max(), pooled.running_mean.max()) < 5 and (pooled.running_var == 1).all()
 
 
 V, MAPS, BATCH, METHOD = torch.rand(2, 3), torch.rand(2, 3, 4, 4), toy_batch(), ccdistill.CCDistill(Own())
