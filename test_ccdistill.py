@@ -844,7 +844,7 @@ def test_a_signal_ends_the_run_with_its_step_saved(city, tmp_path, how, name):
     process = subprocess.Popen([*launch, *command], **PIPES, start_new_session=True)
     assert any(line.startswith("step 1/") for line in process.stdout), process.stderr.read()
     if how == "unread":  # as from a terminal that was closed: nothing can be printed any more
-        process.stdout = process.stdout.close()
+        process.stdout = process.stdout.close() or time.sleep(2)
     process.send_signal(number) if how == "torchrun" else os.killpg(process.pid, number)
     printed, errors = process.communicate(timeout=60)
     assert log_of(out) and not (tmp_path / "ccdistill").exists() and "goes on" in (printed or "goes on")
