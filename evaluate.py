@@ -225,8 +225,10 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    samples = datasets.pictures(args.images) if args.images else []
-    samples = samples or datasets.samples(args.layout, args.root, args.split)
+    if args.images:
+        samples = datasets.pictures(args.images)
+    else:
+        samples = datasets.samples(args.layout, args.root, args.split)
     labelled = samples[0].label is not None
     print(f"{len(samples)} images, {'labelled' if labelled else 'no labels'}", flush=True)
     if not (labelled or args.out or args.submit):

@@ -88,10 +88,8 @@ class PooledNorm(nn.BatchNorm2d):
                 self.running_mean.lerp_(values.mean(0, dtype=self.running_mean.dtype), share)
                 if self.momentum is not None:
                     self.running_var.lerp_((from_old_mean * (values - self.running_mean)).mean(0), share)
-        mean, var = (
-            self.running_mean.clone(),
-            self.running_var.clone(),
-        )  # for backward, which a later call disturbs
+        # Copies: a later call must not change what backward needs.
+        mean, var = self.running_mean.clone(), self.running_var.clone()
         if self.training and len(x) > 1:
             x, mean = x - x.mean((0, 2, 3), keepdim=True), torch.zeros_like(mean)
         return F.batch_norm(x, mean, var, self.weight, self.bias, eps=self.eps)
@@ -131,15 +129,13 @@ def weights_in(content, path, which="night"):
     M_d), of torchvision's ResNets and `deeplabv3_*`, also as {"model": ...} or {"state_dict": ...}."""
     state = content if isinstance(content, dict) else {}
     state = state.get("model", state.get("state_dict", state))
-    named = isinstance(state, dict) and all(
-        isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()
-    )
+    items = state.items() if isinstance(state, dict) else [(None, None)]
+    named = all(isinstance(key, str) and torch.is_tensor(value) for key, value in items)
     if named and (which == "day" or any(key.startswith("night.") for key in state)):
         state = {k.removeprefix(f"{which}."): v for k, v in state.items() if k.startswith(f"{which}.")}
     if not named or not state:
-        raise WeightsError(
-            f"{path}: holds no state dict{' of M_d, as a last.pt does' if which == 'day' else ''}"
-        )
+        of_day = " of M_d, as a last.pt does" if which == "day" else ""
+        raise WeightsError(f"{path}: holds no state dict{of_day}")
     state = {key.removeprefix("module."): value for key, value in state.items()}
     state = {k: v for k, v in state.items() if not k.startswith(("aux_classifier.", "fc."))}
     return {f"backbone.{key}": value for key, value in state.items()} if "conv1.weight" in state else state

@@ -224,9 +224,8 @@ def load_data(args):
     if args.synthetic_night:
         synthetic = datasets.synthetic_nights(args.synthetic_night, source)
     val = datasets.LAYOUTS[layout][0].format("val")
-    if (
-        root and os.listdir(root) and datasets.find(root, val, ".png", must_exist=False)
-    ):  # listdir: a wrong root
+    # With --day-only nothing else has looked for root; listdir says so if it is not there.
+    if root and os.listdir(root) and datasets.find(root, val, ".png", must_exist=False):
         validation = [sample for sample in datasets.samples(layout, root, "val") if sample.label]
     print(f"{len(source)} labelled days, {len(days)} target days and {len(nights)} nights ({args.pairs}), "
           f"{len(validation)} labelled nights to validate", flush=True)  # fmt: skip
