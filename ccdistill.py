@@ -10,7 +10,6 @@ Domains: source_day (S_d), source_night (S_n), target_day (T_d), target_night (T
 
 import contextlib
 import copy
-import itertools
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ from torchvision.transforms import v2
 
 import losses
 from losses import check_shapes, most_probable, pseudo_labels, segmentation_loss
-from models import PooledNorm, ProjectionHead
+from models import ProjectionHead
 
 NIGHT_STYLES = ("random", "color", "histogram", "fda")
 NIGHT_WEIGHTS = ("norm", "shared", "separate")
@@ -35,11 +34,10 @@ class CCDistill(nn.Module):
 
     model: M_d. Called with images (B, 3, H, W) float RGB in [0, 1], it returns (features, logits): F
     (B, C, h, w), what its classifier sees, and P (B, K, H, W), at the labels' size; `model.feature_channels`
-    is C. `day` is M_d, `night` is M_n (see `night_model`), `projection` is Proj (False: e is F averaged over
-    positions). A term of weight 0 (but for js) is not computed. target_paired: T_d[i] and T_n[i] show one
-    place; then num_static, the number of classes (the first ones) that do not move, must be given unless K is
-    19. joint: S and T are one batch to batch norm, as in the figure; else (ours) each domain has batch
-    statistics of its own, and the source's alone enter the running ones. teacher (ours): see `teach`.
+    is C. projection False: e is F averaged over positions. A term of weight 0 (but for js) is not computed.
+    target_paired: T_d[i] and T_n[i] show one place; then num_static, how many classes (the first ones) do not
+    move, must be given unless K is 19. joint: S and T are one batch to batch norm, as in the figure; else
+    (ours) each domain has batch statistics of its own, and only the source's enter the running ones.
     """
 
     def __init__(self, model, *, night_weights="norm", joint=False, night_style="random", projection=True,
@@ -54,23 +52,23 @@ class CCDistill(nn.Module):
         if teacher and pseudo_weight:
             self.teacher = copy.deepcopy(nn.ModuleDict({"day": self.day, "night": self.night}))
             self.teacher.requires_grad_(False)
-            self.register_buffer("teacher_follows", torch.tensor(False))
         self.joint, self.style, self.target_paired = joint, night_style, target_paired
         self.content_weight, self.style_weight, self.js_weight = content_weight, style_weight, js_weight
         self.pseudo_weight, self.pseudo_threshold = pseudo_weight, pseudo_threshold
         self.num_static = num_static
 
     def forward(self, batch, adapt=True):
-        """batch: source_day, target_day, target_night, each (B, 3, H, W) float RGB in [0, 1], source_label
-        (B, H, W) int64, and source_night if it is ready-made. Returns a dict of scalars: each term,
-        unweighted, the parts of CDC, and total. adapt=False leaves the targets out (T_n still lends its
-        light). Raises ValueError on images of other shapes or, where a CPU holds them, other values."""
+        """batch: source_day, target_day, target_night, each (B, 3, H, W) float RGB in [0, 1] (else ValueError),
+        source_label (B, H, W) int64, and source_night if it is ready-made. Returns a dict of scalars: each
+        term, unweighted, the parts of CDC, and total. adapt=False: only the source is learned from."""
         check_images(**{name: images for name, images in batch.items() if name != "source_label"})
         s_d, y = batch["source_day"], batch["source_label"]
         check_shapes(3, source_label=y, source_day=s_d[:, 0])
+        if self.teacher and self.training:
+            self.update_teacher()
         s_n = batch.get("source_night")
         if s_n is None:  # Trans
-            s_n = night_style(s_d, batch["target_night"], self.style, check=False)
+            s_n = night_style(s_d, batch["target_night"], self.style)
         if not adapt:
             p_sd, p_sn = self.day(s_d)[1], self.night(s_n)[1]
             if self.target_paired and self.pseudo_weight:  # raises now, not when the targets join
@@ -110,25 +108,23 @@ class CCDistill(nn.Module):
 
     def own_predictions(self, p_td, p_tn):
         """Labels of T_d and T_n, (B, H, W): own confident predictions (from logits), as in the figure."""
-        of_night = p_tn, p_td if self.target_paired else None, self.pseudo_threshold, self.num_static
-        return pseudo_labels(p_td, threshold=self.pseudo_threshold), pseudo_labels(*of_night)
+        y_td = pseudo_labels(p_td, threshold=self.pseudo_threshold)
+        day_logits = p_td if self.target_paired else None
+        return y_td, pseudo_labels(p_tn, day_logits, self.pseudo_threshold, self.num_static)
 
     @torch.no_grad()
     def teach(self, s_n, label, t_d, t_n):
-        """What the targets learn (ours). Returns T_d, T_n, their labels and the labels' weights, (B, H, W).
+        """What the targets learn (ours): T_d, T_n, their labels and the labels' weights, (B, H, W).
 
-        Averaged copies of M_d and M_n label the plain images (mean teacher; Tarvainen & Valpola, 2017), and
-        the share of confident pixels weighs an image's loss (DAFormer; Hoyer et al., CVPR 2022). Then half of
-        the classes that S_n shows are pasted into T_n with their labels (DACS; Tranheden et al., WACV 2021),
-        and both images get strong colours and blur.
-        """
-        if self.training:
-            self.update_teacher()
+        Averaged copies of M_d and M_n label the plain images (mean teacher; Tarvainen & Valpola, 2017); the
+        share of confident pixels weighs an image's loss (DAFormer; Hoyer et al., CVPR 2022). Then half of the
+        classes that S_n shows are pasted into T_n with their labels (DACS; Tranheden et al., WACV 2021), and
+        both images get strong colours and blur."""
         teacher = self.teacher.eval()
         p_td, p_tn = teacher["day"](t_d)[1], teacher["night"](t_n)[1]
         c_td, y_td = most_probable(p_td)
         c_tn, y_tn = most_probable(p_tn, p_td if self.target_paired else None, self.num_static)
-        confident = [(c >= self.pseudo_threshold).float() for c in (c_td, c_tn)]
+        confident = ((c >= self.pseudo_threshold).float() for c in (c_td, c_tn))
         w_td, w_tn = (c.mean((1, 2), keepdim=True).expand_as(c) for c in confident)
         paste = half_of_the_classes(label)
         y_tn, w_tn = torch.where(paste, label, y_tn), torch.where(paste, 1.0, w_tn)
@@ -136,31 +132,26 @@ class CCDistill(nn.Module):
             t_d, t_n = STRONG(t_d), STRONG(torch.where(paste[:, None], s_n, t_n))
         return t_d, t_n, y_td, y_tn, w_td, w_tn
 
+    @torch.no_grad()
     def update_teacher(self):
-        """Move the teacher's weights by 1 % towards the networks'; the first time, all the way. Its norms'
-        statistics are theirs. One kernel takes all tensors, and nothing waits for the device."""
-        networks = nn.ModuleDict({"day": self.day, "night": self.night})
-        mine, theirs = list(self.teacher.parameters()), list(networks.parameters())
-        share = torch.where(self.teacher_follows, 0.01, 1.0)
-        torch._foreach_add_(mine, torch._foreach_mul(torch._foreach_sub(theirs, mine), share))
-        mine, theirs = ([b for b in m.buffers() if b.is_floating_point()] for m in (self.teacher, networks))
+        """Move the teacher's weights by 1 % towards the networks'; its norms' statistics are theirs."""
+        teacher, networks = self.teacher, nn.ModuleDict({"day": self.day, "night": self.night})
+        torch._foreach_lerp_([*teacher.parameters()], [*networks.parameters()], 0.01)  # one kernel for all
+        mine, theirs = ([b for b in m.buffers() if b.is_floating_point()] for m in (teacher, networks))
         if mine:
             torch._foreach_copy_(mine, theirs)
-        self.teacher_follows.fill_(True)
 
 
 def check_images(**images):
-    """Raise ValueError unless all are float (B, 3, H, W) of one shape and, where a CPU holds them (one would
-    have to wait for a GPU), in [0, 1]."""
+    """Raise ValueError unless all are float (B, 3, H, W) of one shape and, on a CPU (a GPU would have to be
+    waited for), in [0, 1]."""
     check_shapes(4, **images)
     for name, x in images.items():
-        fits, got = x.shape[1] == 3 and x.is_floating_point(), x.dtype
-        if fits and x.device.type == "cpu":
-            low, high = (limit.item() for limit in x.aminmax())
-            fits, got = 0 <= low <= high <= 1, f"{low:.3g} to {high:.3g}"
-        if not fits:
-            what = "expected float RGB (B, 3, H, W) in [0, 1], not normalised (uint8: divide by 255)"
-            raise ValueError(f"{name} {tuple(x.shape)}: {what}, got {got}")
+        low, high = x.aminmax() if x.device.type == "cpu" else (0, 1)
+        if x.shape[1] != 3 or not x.is_floating_point() or not 0 <= low <= high <= 1:
+            got = f"{tuple(x.shape)} {x.dtype}, {float(low):.3g} to {float(high):.3g}"
+            wanted = "expected float RGB (B, 3, H, W) in [0, 1], not normalised (uint8: divide by 255)"
+            raise ValueError(f"{name}: {wanted}, got {got}")
 
 
 @contextlib.contextmanager
@@ -202,39 +193,31 @@ def night_model(day, night_weights):
 def take_night_statistics(network, nights):
     """Give M_n's batch norms the statistics of real target nights when training has ended (ours; AdaBN, Li et
     al., 2017): in training they were those of S_n. nights: batches (B, 3, H, W) of T_n in [0, 1], of any size,
-    each counted alike; ValueError without one. The network is in eval mode afterwards."""
-    nights = iter(nights)
-    first = next(nights, None)
-    if first is None:
-        raise ValueError("nights: no batch to take statistics of")
+    each counted alike. The network is in eval mode afterwards."""
     network.eval()
-    with momentum([network], None) as norms:  # None: a plain average over the batches
+    images = None
+    with momentum([network], None) as norms:  # None: a plain average, in which the first batch counts whole
         for norm in norms:
-            if isinstance(norm, PooledNorm):  # its mean alone moves
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
                 norm.train().num_batches_tracked.zero_()
-            elif isinstance(norm, nn.modules.batchnorm._BatchNorm):
-                norm.train().reset_running_stats()
-        for images in itertools.chain([first], nights):
+        for images in nights:
             check_images(nights=images)
             network(images)
     network.eval()
-
-
-# ---- Trans: S_d in the light of T_n ------------------------------------------------------------------------
+    if images is None:
+        raise ValueError("nights: no batch to take statistics of")
 
 
 @torch.no_grad()
-def night_style(day, night, method="random", check=True):
-    """The light of `night` on the content of `day`, without a trained network (our choice).
+def night_style(day, night, method="random"):
+    """Trans: the light of `night` on the content of `day`, without a trained network (our choice). Both are
+    (B, 3, H, W) float RGB in [0, 1], H and W may differ; so is the result, at the day's size.
 
     color: each RGB channel takes the night's mean and deviation (after Reinhard et al., 2001). histogram: the
     night's whole histogram. random: one of these two, drawn for each image. fda: the lowest spatial
-    frequencies take the night's amplitude (Yang & Soatto, CVPR 2020, with their beta 0.01). Both (B, 3, H, W)
-    float RGB in [0, 1], H and W may differ. Returns (B, 3, H, W) of the day's dtype in [0, 1].
-    """
-    if check:
-        check_images(day=day)
-        check_images(night=night)
+    frequencies take the night's amplitude (Yang & Soatto, CVPR 2020, with their beta 0.01)."""
+    check_images(day=day)
+    check_images(night=night)
     dtype, day, night = day.dtype, day.float(), night.float()
     if method == "random":
         coin = torch.rand(len(day), 1, 1, 1, device=day.device) < 0.5

@@ -5,15 +5,14 @@ layouts. Knows no model.
     days, nights = targets("darkzurich", root)                 paths, element i of both shows one place
     stream = FourDomains(source, days, nights, crop=(512, 512), length=1000)     a torch Dataset
 
-Images are (3, H, W) uint8 RGB, labels (H, W) uint8 trainIds with 255 = ignore. What is wrong with a file
-raises DataError, one line that names it. Names that begin with a dot are never data.
+Images are (3, H, W) uint8 RGB, labels (H, W) uint8 trainIds with 255 = ignore. A bad file raises DataError, one
+line that names it. Names that begin with a dot are never data.
 """
 
 import collections
 import concurrent.futures
 import contextlib
 import functools
-import itertools
 import os
 import random
 from pathlib import Path
@@ -59,13 +58,10 @@ class DataError(ValueError):
     """A file is missing, unreadable or not what its name promises."""
 
 
-# ---- which files -------------------------------------------------------------------------------------------
-
-
-def samples(layout, root, split="val"):
+def samples(layout, root, split="val", must_exist=True):
     """[Sample] of paths of a split; label is None where the data set has no labels for it."""
     folder, ending, label_folder, middle = LAYOUTS[layout]
-    images, labels = find(root, folder.format(split), ending), {}
+    images, labels = find(root, folder.format(split), ending, must_exist), {}
     for kind in ("labelIds", "labelTrainIds"):
         labels = labels or find(root, label_folder.format(split), f"{middle}{kind}.png", must_exist=False)
     if alone := sorted(labels and images.keys() ^ labels.keys()):
@@ -77,9 +73,8 @@ def samples(layout, root, split="val"):
 def targets(layout, root, pairs="corresp"):
     """(day images, night images) of "darkzurich" or "acdc" train. No label is read.
 
-    pairs: "corresp": element i of both lists shows the same place, by Dark Zurich's corresp/train/night/**/
-    *_ref_day.csv or ACDC's names; the path of a csv of that form (Dark Zurich only); or "none": all days and
-    all nights, unrelated.
+    pairs: "corresp": element i of both shows one place, by Dark Zurich's corresp/train/night/**/*_ref_day.csv or
+    ACDC's names; the path of a csv of that form (Dark Zurich only); "none": all days and nights, unrelated.
     """
     day_folder, night_folder, ending = TARGETS[layout]
     days, nights = find(root, day_folder, ending), find(root, night_folder, "_rgb_anon.png")
@@ -99,8 +94,9 @@ def read_pairs(table, days, nights):
         night, _, day = (stem.strip() for stem in line.partition(","))
         pair = days.get(day.removeprefix("train/day/")), nights.get(night.removeprefix("train/night/"))
         if line.strip() and None in pair:
-            what = "is not train/night/STEM,train/day/STEM of two files"
-            raise DataError(f"{table}: line {number}, {line[:200]!r}, {what}")
+            raise DataError(
+                f"{table}: line {number} is not train/night/STEM,train/day/STEM of two files: {line[:99]}"
+            )
         pairs += [pair] if line.strip() else []
     if not pairs:
         raise DataError(f"{table}: no pair in it")
@@ -133,9 +129,9 @@ def pictures(paths):
 
 
 def find(root, name, ending, must_exist=True):
-    """{path below the folder ROOT/name without its ending: path}, sorted. The folder may also be the one
-    ROOT/*/name there is (zips unpacked side by side). Links are followed, but not upwards. What cannot be
-    listed, links to nothing and pictures of another format are refused: part of the data would be missing."""
+    """{path below ROOT/name without its ending: path}, sorted. The folder may also be the one ROOT/*/name that
+    there is (zips unpacked side by side). Links are followed, but not upwards. What cannot be listed, links to
+    nothing and pictures of another format are refused: part of the data would be missing."""
     root, found = Path(root), {}
     folders = [root / name] if (root / name).is_dir() else sorted(root.glob(f"[!._]*/{name}"))
     if len(folders) > 1:
@@ -150,8 +146,7 @@ def find(root, name, ending, must_exist=True):
     for folder in folders:
         for here, inside, names in os.walk(folder, onerror=refuse, followlinks=True):
             above = {os.path.realpath(path) for path in (here, *Path(here).parents)}
-            inside[:] = [sub for sub in inside if sub[0] != "."]
-            inside[:] = [sub for sub in inside if os.path.realpath(Path(here, sub)) not in above]
+            inside[:] = [d for d in inside if d[0] != "." and os.path.realpath(Path(here, d)) not in above]
             for path in [Path(here, name) for name in names if name[0] != "."]:
                 if not path.exists():
                     raise DataError(f"{path}: a link to nothing")
@@ -176,27 +171,22 @@ def label_warning(samples):
         return f"{what} named labelIds, none is above 18: if they are trainIds, name them _labelTrainIds.png"
     if len(classes) == 1:
         return f"{what} all pixels that are not void are {NAMES[min(classes)]}"
-    return None
-
-
-# ---- the training stream -----------------------------------------------------------------------------------
 
 
 class FourDomains(torch.utils.data.Dataset):
     """Item k is a dict of uint8 tensors, all `crop` = (H, W): source_day, source_label, target_day,
-    target_night and, where `synthetic` paths are given, source_night.
+    target_night and, of the paths `synthetic`, source_night. All that is random about it comes from (seed, k),
+    k counting samples from the first step on, so that threads and resumed runs see the same items.
 
-    Everything random about item k comes from (seed, k) alone, k counting samples from the first step on:
-    decoding threads and resumed runs see the same items. source: [Sample]; days, nights: paths, element i of
-    both showing one place if `paired`. scale: range of the resizing before the crop. Before item
-    `targets_from` no target_day is decoded, and no target_night unless S_n takes its style from it.
+    source: [Sample]; days, nights: paths, element i of both showing one place if `paired`. scale: range of the
+    resizing before the crop. Before item `targets_from` no target_day is decoded, and target_night for S_n only.
     """
 
     def __init__(self, source, days, nights, crop, paired=True, synthetic=None, scale=(0.5, 1.0), seed=0,
                  length=1, targets_from=0):  # fmt: skip
         self.source, self.days, self.nights, self.synthetic = source, days, nights, synthetic
-        self.crop, self.paired, self.scale, self.targets_from = crop, paired, scale, targets_from
-        self.seed, self.length = seed, length
+        self.crop, self.paired, self.scale, self.seed = crop, paired, scale, seed
+        self.length, self.targets_from = length, targets_from
 
     def __len__(self):
         return self.length
@@ -210,12 +200,12 @@ class FourDomains(torch.utils.data.Dataset):
         item = {"source_day": cut(image), "source_label": cut(label, Image.NEAREST)[0]}
         if self.synthetic:
             item["source_night"] = cut(of_size(image.size, open_image, self.synthetic[n]))
-        if self.nights and (k >= self.targets_from or not self.synthetic):
+        if self.days and (k >= self.targets_from or not self.synthetic):
             n = self.pick("night", self.nights, k)
             night = open_image(self.nights[n])
             cut = random_crop(night.size, self.crop, self.scale, rng)
             item["target_night"] = cut(night)
-        if self.nights and k >= self.targets_from:
+        if self.days and k >= self.targets_from:
             if self.paired:
                 day = of_size(night.size, open_image, self.days[n])
             else:
@@ -266,9 +256,6 @@ def ahead(load, items, workers):
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-# ---- one file ----------------------------------------------------------------------------------------------
 
 
 def load(sample):
@@ -335,8 +322,6 @@ def colourise(labels):
     return PALETTE[labels.long().cpu()].movedim(-1, -3)
 
 
-# ---- the demo city -----------------------------------------------------------------------------------------
-
 DEMO_SIZE = (256, 128)
 # trainId -> base colour: the two cities differ as data sets do.
 DEMO_COLOURS = {
@@ -349,30 +334,32 @@ DEMO_COLOURS = {
 
 def make_demo_city(root, train=160, val=24):
     """Write the demo city: ROOT/cityscapes (labelled source days) and ROOT/darkzurich (unlabelled target days
-    and nights with a true pair list; labelled val nights), in the layouts of the real ones. Always the same
-    pixels."""
+    and nights, a true list of pairs, labelled val nights), in the real layouts. Always the same pixels."""
 
     def save(picture, name):
         Path(root, name).parent.mkdir(parents=True, exist_ok=True)
         picture.save(Path(root, name))
 
+    pairs = ""
     for split, n in [("train", n) for n in range(train)] + [("val", n) for n in range(val)]:
         image, label = draw_street("source", f"{split} {n}", "day")
-        save(image, f"cityscapes/leftImg8bit/{split}/demo/demo_{n:06d}_000000_leftImg8bit.png")
+        name = f"{split}/demo/demo_{n:06d}_000000"
+        save(image, f"cityscapes/leftImg8bit/{name}_leftImg8bit.png")
         label = label.point(LABEL_IDS + [0] * (256 - len(CLASSES)))
-        save(label, f"cityscapes/gtFine/{split}/demo/demo_{n:06d}_000000_gtFine_labelIds.png")
-    frame = "{0}/{1}/DEMO_{2}/DEMO_{2}_frame_{3:06d}".format
-    for n, light in itertools.product(range(train), ("day", "night")):
-        image, _ = draw_street("target", f"train {n}", light)
-        save(image, f"darkzurich/rgb_anon/{frame('train', light, light, n)}_rgb_anon.png")
-    for n in range(val):
-        image, label = draw_street("target", f"val {n}", "night")
-        save(image, f"darkzurich/rgb_anon/{frame('val', 'night', 'val', n)}_rgb_anon.png")
-        save(label, f"darkzurich/gt/{frame('val', 'night', 'val', n)}_gt_labelTrainIds.png")
+        save(label, f"cityscapes/gtFine/{name}_gtFine_labelIds.png")
+        day, night = (
+            f"{split}/{light}/DEMO_{light}/DEMO_{light}_frame_{n:06d}" for light in ("day", "night")
+        )
+        save(draw_street("target", f"{split} {n}", "day")[0], f"darkzurich/rgb_anon/{day}_rgb_anon.png")
+        image, label = draw_street("target", f"{split} {n}", "night")
+        save(image, f"darkzurich/rgb_anon/{night}_rgb_anon.png")
+        if split == "train":
+            pairs += f"{night},{day}\n"
+        else:
+            save(label, f"darkzurich/gt/{night}_gt_labelTrainIds.png")
     table = Path(root, "darkzurich/corresp/train/night/DEMO_night/DEMO_night_ref_day.csv")
     table.parent.mkdir(parents=True, exist_ok=True)  # the last thing to be written: the city is whole
-    pairs = [[frame("train", light, light, n) for light in ("night", "day")] for n in range(train)]
-    table.write_text("".join(f"{night},{day}\n" for night, day in pairs))
+    table.write_text(pairs)
 
 
 def draw_street(city, place, light):

@@ -19,8 +19,7 @@ def correlation(a, b):
     """Cor(a, b): cosine similarities between all samples of two domains (the figure's graphs).
 
     a, b: (B, ...) of one shape. Returns (2B, 2B): row i < B belongs to a[i], row B + i to b[i]. An all-zero
-    sample correlates 0 with everything, itself included, and gets zero gradient.
-    """
+    sample correlates 0 with everything, itself included, and gets zero gradient."""
     check_shapes(max(a.ndim, 2), a=a, b=b)
     rows = torch.cat([full(a), full(b)]).flatten(1)
     largest = rows.detach().abs().amax(1, keepdim=True)
@@ -39,8 +38,8 @@ def gram(features):
 
 
 def js_divergence(p, q):
-    """D: Jensen-Shannon divergence of softmax(p) and softmax(q), sample i with sample i; mean over the batch.
-    p, q: (B, D). Returns a scalar in [0, ln 2]."""
+    """D: Jensen-Shannon divergence of softmax(p) and softmax(q), (B, D), sample i with sample i; mean over the
+    batch: a scalar in [0, ln 2]."""
     check_shapes(2, p=p, q=q)
     log_p, log_q = full(p).log_softmax(1), full(q).log_softmax(1)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
@@ -56,8 +55,7 @@ def content_terms(e_source_day, e_source_night, e_target_day, e_target_night, *,
         js            D(S_d, S_n) + D(T_d, T_n) - D(S_d, T_n) - D(S_n, T_d)       the figure's arcs
 
     target_paired=False (T_d[i] and T_n[i] show different places) leaves out the entries of S_d[i] with
-    S_n[i], which have no counterpart then, and D(T_d, T_n).
-    """
+    S_n[i], which have no counterpart then, and D(T_d, T_n)."""
     s_d, s_n, t_d, t_n = e_source_day, e_source_night, e_target_day, e_target_night
     check_shapes(2, e_source_day=s_d, e_source_night=s_n, e_target_day=t_d, e_target_night=t_n)
     inherent = F.mse_loss(correlation(s_d, t_d), correlation(s_n, t_n))
@@ -101,8 +99,7 @@ def most_probable(night_logits, day_logits=None, num_static=None):
 
     With the day's logits of the same place: where the night's class is static (see `static_classes`), the
     mean of both softmaxes decides among the static classes, as in DANNet (CVPR 2021). Where the night shows
-    what moves, the day is not used: a pedestrian must not become the day frame's pavement.
-    """
+    what moves, the day is not used: a pedestrian must not become the day frame's pavement."""
     night = full(night_logits).softmax(1)
     probability, classes = night.max(1)
     if day_logits is not None:
@@ -124,8 +121,7 @@ def pseudo_labels(night_logits, day_logits=None, threshold=0.9, num_static=None,
 
 def static_classes(num_classes, num_static=None):
     """How many classes, the first ones, do not move: `num_static`; if not given, 11 of Cityscapes' 19."""
-    if num_static is None and num_classes == 19:
-        return 11
+    num_static = 11 if num_static is None and num_classes == 19 else num_static
     if num_static is None or not 0 <= num_static <= num_classes:
         what = f"say how many of the {num_classes} classes, the first ones, do not move"
         raise ValueError(f"num_static: {what}, got {num_static}")

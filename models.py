@@ -14,8 +14,7 @@ import torchvision
 from torch import nn
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
-# Backbone: (blocks in its third stage, are they bottlenecks), which tells a file's backbone.
-BACKBONES = {"resnet18": (2, False), "resnet34": (6, False), "resnet50": (6, True), "resnet101": (23, True)}
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")  # files hold the number here: new ones go last
 ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}  # DeepLab v3 (Chen et al., 2017), by output stride
 
 
@@ -40,7 +39,8 @@ class DeepLab(nn.Module):
         head = DeepLabHead(resnet.fc.in_features, num_classes, ATROUS_RATES[output_stride])
         self.classifier = nn.Sequential(*head)  # ASPP, 3 x 3 convolution, norm, ReLU, classifier
         self.classifier[0].convs[-1][2] = PooledNorm(256)
-        self.register_buffer("output_stride", torch.tensor(output_stride))  # which no weight tells
+        architecture = [BACKBONES.index(backbone), output_stride]  # for who reads a file of these weights
+        self.register_buffer("architecture", torch.tensor(architecture))
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
         if weights not in ("none", "imagenet"):
@@ -58,40 +58,33 @@ class DeepLab(nn.Module):
         return features, F.interpolate(logits, images.shape[2:], mode="bilinear")
 
 
-class ProjectionHead(nn.Module):
+class ProjectionHead(nn.Sequential):
     """Proj: features F (B, in_channels, h, w) -> content embeddings e (B, embedding_dim). Training only. That
     it pools over positions first and has two layers is our reading: the figure shows a box."""
 
     def __init__(self, in_channels, embedding_dim=128):
-        super().__init__()
-        first, last = nn.Linear(in_channels, in_channels), nn.Linear(in_channels, embedding_dim)
-        self.layers = nn.Sequential(first, nn.ReLU(), last)
-
-    def forward(self, features):
-        return self.layers(features.mean((2, 3)))
+        pool, hidden = [nn.AdaptiveAvgPool2d(1), nn.Flatten()], nn.Linear(in_channels, in_channels)
+        super().__init__(*pool, hidden, nn.ReLU(), nn.Linear(in_channels, embedding_dim))
 
 
 class PooledNorm(nn.BatchNorm2d):
     """Batch norm for ASPP's pooled branch, which holds one value a channel and image: divided by their own
     deviation, two values become 1 and -1, whatever they were. So training subtracts the batch's mean (from a
-    single image the running one) but divides by the running deviation. Running mean and variance are
-    exponentially weighted, right for one image as for many. In eval mode it is plain batch norm. Without
-    momentum, as for the statistics of nights, the mean alone moves: a plain average over batches."""
+    single image the running one) but divides by the running deviation. The running statistics count every
+    image, for one as for many, and `momentum` weighs batches as ever. In eval mode it is plain batch norm."""
 
     def forward(self, x):
         if self.training and self.momentum != 0:
-            with torch.no_grad():
-                self.num_batches_tracked += 1
-                share = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-                values = x.detach().movedim(1, -1).flatten(0, -2)
-                from_old_mean = values - self.running_mean
-                self.running_mean.lerp_(values.mean(0, dtype=self.running_mean.dtype), share)
-                if self.momentum is not None:
-                    self.running_var.lerp_((from_old_mean * (values - self.running_mean)).mean(0), share)
+            self.num_batches_tracked += 1
+            share = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+            values = x.detach().flatten(1).to(self.running_mean.dtype)
+            from_old_mean = values - self.running_mean
+            self.running_mean.lerp_(values.mean(0), share)
+            self.running_var.lerp_((from_old_mean * (values - self.running_mean)).mean(0), share)
         # Copies: a later call must not change what backward needs.
         mean, var = self.running_mean.clone(), self.running_var.clone()
         if self.training and len(x) > 1:
-            x, mean = x - x.mean((0, 2, 3), keepdim=True), torch.zeros_like(mean)
+            x, mean = x - x.mean(0, keepdim=True), torch.zeros_like(mean)
         return F.batch_norm(x, mean, var, self.weight, self.bias, eps=self.eps)
 
 
@@ -114,12 +107,12 @@ def load_weights(model, state, path):
     optional = "classifier." if bias is None else "none" if bias.shape == own.shape else "classifier.4."
     if optional == "classifier.4.":
         warnings.warn(f"{path}: its classifier, for another number of classes, is left out", stacklevel=3)
-    state = {k: v for k, v in state.items() if not k.startswith((optional, "output_stride"))}
+    state = {k: v for k, v in state.items() if not k.startswith((optional, "architecture"))}
     try:
         missing, unknown = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise WeightsError(f"{path}: does not fit ({' '.join(str(error).split())[:200]})") from None
-    missing = [k for k in missing if not k.startswith((optional, "output_stride")) and "num_batches" not in k]
+    missing = [k for k in missing if not k.startswith((optional, "architecture")) and "num_batches" not in k]
     if missing or unknown:
         raise WeightsError(f"{path}: does not fit: it lacks {missing[:2]}, {unknown[:2]} are not known here")
 
@@ -127,15 +120,12 @@ def load_weights(model, state, path):
 def weights_in(content, path, which="night"):
     """The state dict in a file's content, in DeepLab's names: of night.pt, of last.pt (`which`: its M_n or
     M_d), of torchvision's ResNets and `deeplabv3_*`, also as {"model": ...} or {"state_dict": ...}."""
-    state = content if isinstance(content, dict) else {}
-    state = state.get("model", state.get("state_dict", state))
-    items = state.items() if isinstance(state, dict) else [(None, None)]
-    named = all(isinstance(key, str) and torch.is_tensor(value) for key, value in items)
-    if named and (which == "day" or any(key.startswith("night.") for key in state)):
+    state = content.get("model", content.get("state_dict", content)) if isinstance(content, dict) else None
+    named = isinstance(state, dict) and all(torch.is_tensor(value) for value in state.values())
+    if named and (which == "day" or any(key.startswith("night.") for key in state)):  # as last.pt has it
         state = {k.removeprefix(f"{which}."): v for k, v in state.items() if k.startswith(f"{which}.")}
     if not named or not state:
-        of_day = " of M_d, as a last.pt does" if which == "day" else ""
-        raise WeightsError(f"{path}: holds no state dict{of_day}")
+        raise WeightsError(f"{path}: holds no state dict" + (" of M_d" if which == "day" else ""))
     state = {key.removeprefix("module."): value for key, value in state.items()}
     state = {k: v for k, v in state.items() if not k.startswith(("aux_classifier.", "fc."))}
     return {f"backbone.{key}": value for key, value in state.items()} if "conv1.weight" in state else state
@@ -143,13 +133,10 @@ def weights_in(content, path, which="night"):
 
 def architecture_of(state, path):
     """The arguments of DeepLab for its state dict."""
-    blocks = len({key.split(".")[2] for key in state if key.startswith("backbone.layer3.")})
-    kind = blocks, "backbone.layer3.0.conv3.weight" in state
-    names = [name for name, known in BACKBONES.items() if known == kind]
-    if not names or not {"output_stride", "classifier.4.bias"} <= {*state}:
+    if "architecture" not in state or "classifier.4.bias" not in state:
         raise WeightsError(f"{path}: not written by train.py, whose night.pt and last.pt are read here")
-    stride = int(state["output_stride"])
-    return {"backbone": names[0], "num_classes": len(state["classifier.4.bias"]), "output_stride": stride}
+    (backbone, stride), classes = state["architecture"].tolist(), len(state["classifier.4.bias"])
+    return {"backbone": BACKBONES[backbone], "num_classes": classes, "output_stride": stride}
 
 
 def read_file(path):

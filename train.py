@@ -13,7 +13,6 @@ that --resume needs), OUT/log.csv, OUT/args.json and OUT/samples.png (night imag
 import argparse
 import contextlib
 import csv
-import datetime
 import io
 import json
 import math
@@ -26,38 +25,30 @@ from pathlib import Path
 
 import torch
 from torch import distributed, nn
-from torchvision.transforms.v2 import functional as TF
-from torchvision.utils import make_grid
 
 import ccdistill
 import datasets
 import models
-from evaluate import MEANS, evaluate, load_model, table
+from evaluate import MEANS, evaluate, grid, table
 from losses import segmentation_loss
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 
 RANK, PROCESSES = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
 STOPPED = []  # signals that ask to stop
 
 
 def train(args):
-    """One run, to OUT/night.pt after step --steps."""
-    stream, validation = load_data(args)
+    """One run, to OUT/night.pt after step --steps. Returns what `validate` does, by the first process."""
+    stream, nights, validation = load_data(args)
     method, optimizer = build(args)
-    if RANK == 0:
-        claim(args)  # after whatever a wrong path ends
     start, rows = resume(method, optimizer, args)
+    claim(args)  # after whatever a wrong path ends
     parallel = method.train()
     if PROCESSES > 1:  # the projection head rests until the targets join
         parallel = nn.parallel.DistributedDataParallel(method, find_unused_parameters=args.adapt_from > 0)
     if 0 < start < args.steps and start % args.eval_every == 0 and "miou" not in rows[-1]:
         validate(method, optimizer, validation, rows, args)  # it had been saved, but ended before
 
-    feed, told = batches(stream, start, args), (start, time.monotonic())
+    feed, began = batches(stream, start, args), time.monotonic()
     batch = next(feed, None)
     for step in range(start + 1, args.steps + 1):
         if isinstance(batch, Exception):
@@ -83,23 +74,24 @@ def train(args):
         if due or stopping or step == args.steps:
             save(method, optimizer, rows, args)
         if step % args.log_every == 0 or step == args.steps:
-            told = report(rows[-1], told, args)
+            report(rows[-1], (step - start) / (time.monotonic() - began), args)
         if due:
             validate(method, optimizer, validation, rows, args)
         if stopping:
             break
     if isinstance(batch, Exception):
         raise batch
-    if rows[-1]["step"] == args.steps and RANK == 0:
-        finish(method, optimizer, stream, validation, rows, args)
+    at_end = rows[-1]["step"] == args.steps and RANK == 0
+    outcome = finish(method, optimizer, nights, validation, rows, args) if at_end else None
     if STOPPED:
         print("stopped; the same command with --resume goes on", flush=True)
         sys.exit(128 + STOPPED[0])
+    return outcome
 
 
 def exchange(losses, method, stopping):
-    """({name: mean over processes} of the losses and of the gradient's norm; does any process want to stop).
-    One message a step between processes, and one wait for the device."""
+    """({name: mean over processes} of the losses and of the gradient's norm; does any process want to stop),
+    by one message a step between processes and one wait for the device."""
     norm = nn.utils.get_total_norm([p.grad for p in method.parameters() if p.grad is not None])
     values = [*losses.values(), norm, torch.full_like(norm, stopping)]
     values = torch.stack([value.detach().float() for value in values])
@@ -109,21 +101,20 @@ def exchange(losses, method, stopping):
     return dict(zip([*losses, "gradient"], means, strict=True)), stops > 0
 
 
-def report(row, told, args):
-    """Print the progress line: speed since the last one (told: its step and time), counting the images that
-    are learned from, and peak memory. Returns this one's step and time."""
-    step, now, mac = row["step"], time.monotonic(), sys.platform == "darwin"
+def report(row, rate, args):
+    """Print the progress line. rate: steps a second. The memory is the GPU's peak, else this process's."""
+    step, memory = row["step"], torch.cuda.max_memory_allocated() / 2**20
+    if not memory and os.name == "posix":
+        import resource
+
+        unit = 20 if sys.platform == "darwin" else 10
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**unit
     domains = 1 if args.day_only else 4 if step > args.adapt_from * args.steps else 2
-    rate = (step - told[0]) / (now - told[1])
-    left = datetime.timedelta(seconds=int((args.steps - step) / rate))
-    memory = torch.cuda.max_memory_allocated() / 2**20
-    if resource and not memory:  # of this process; macOS counts bytes
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if mac else 2**10)
-    terms = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
     speed = f"{rate:.2f} steps/s  {rate * domains * args.batch_size * PROCESSES:.1f} images/s"
+    terms = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
+    left = (args.steps - step) / rate / 60
     with contextlib.suppress(OSError):  # a closed terminal or pipe ends no run unsaved
-        print(f"step {step}/{args.steps}  {left} left  {speed}  {memory:.0f} MB  {terms}", flush=True)
-    return step, now
+        print(f"step {step}/{args.steps}  {left:.0f} min left  {speed}  {memory:.0f} MB  {terms}", flush=True)
 
 
 def autocast(args):
@@ -131,9 +122,10 @@ def autocast(args):
 
 
 def validate(method, optimizer, validation, rows, args):
-    """Score M_n at night, by one process, and save that: into the last row and OUT/samples.png."""
+    """Score M_n at night, by one process, and save that: into the last row and OUT/samples.png. Returns the
+    scores and [image, prediction, label] of four images, in one list."""
     if RANK or not validation:
-        return
+        return None
     tiles = []
 
     def each(item, prediction, _):
@@ -145,31 +137,22 @@ def validate(method, optimizer, validation, rows, args):
     rows[-1] |= {name: result[name] for name in MEANS}
     print("at night:  " + "  ".join(f"{name} {result[name]:.1f}" for name in MEANS), flush=True)
     save(method, optimizer, rows, args, tiles)
+    return result, tiles
 
 
-def finish(method, optimizer, stream, validation, rows, args):
-    """After the last step: M_n's statistics, its score, and OUT/night.pt."""
+def finish(method, optimizer, nights, validation, rows, args):
+    """After the last step: M_n's statistics, its score, which is returned, and OUT/night.pt."""
     if args.night_statistics == "target":
-        some = [datasets.Sample(night) for night in stream.nights[:: math.ceil(len(stream.nights) / 200)]]
+        some = [datasets.Sample(night) for night in nights[:: math.ceil(len(nights) / 200)]]
         items = datasets.ahead(datasets.load, some, args.workers)
-        nights = (item["image"][None].to(args.device) / 255 for item in items)
+        images = (item["image"][None].to(args.device) / 255 for item in items)
         with autocast(args), torch.compiler.set_stance("force_eager"):
-            ccdistill.take_night_statistics(method.night, nights)
+            ccdistill.take_night_statistics(method.night, images)
         save(method, optimizer, rows, args)
-    validate(method, optimizer, validation, rows, args)
+    outcome = validate(method, optimizer, validation, rows, args)
     replace(method.night.state_dict(), Path(args.out, "night.pt"))
     print(f"{args.out}/night.pt: M_n after {args.steps} steps", flush=True)
-
-
-def grid(tiles, columns):
-    """(3, H, W) uint8 tiles as one picture, each in the shape of the first, at most 480 wide."""
-    width = min(480, tiles[0].shape[2])
-    size = [round(tiles[0].shape[1] * width / tiles[0].shape[2]), width]
-    tiles = [TF.resize(tile, size, TF.InterpolationMode.NEAREST) for tile in tiles]
-    return TF.to_pil_image(make_grid(tiles, columns))
-
-
-# ---- what a run is made of ---------------------------------------------------------------------------------
+    return outcome
 
 
 class DayOnly(nn.Module):
@@ -178,7 +161,6 @@ class DayOnly(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.day = self.night = model
-        self.teacher = None
 
     def forward(self, batch, adapt=False):
         loss = segmentation_loss(self.day(batch["source_day"])[1], batch["source_label"])
@@ -201,19 +183,15 @@ def build(args):
     if args.compile:  # on a GPU as CUDA graphs; on a CPU with eager's random numbers
         cuda = args.device.startswith("cuda")
         how = {"mode": "reduce-overhead"} if cuda else {"options": {"fallback_random": True}}
-        teachers = method.teacher.values() if method.teacher else []
-        for network in {method.day, method.night, *teachers}:
-            network.compile(**how)
+        for network in method.modules():  # and the teachers'
+            if isinstance(network, models.DeepLab):
+                network.compile(**how)
     parameters = [p for p in method.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},  # norms and biases
-    ]
-    return method, torch.optim.AdamW(groups, args.lr, fused=True)
+    return method, torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay, fused=True)
 
 
 def load_data(args):
-    """(training stream, labelled validation nights)."""
+    """(training stream, paths of target nights, labelled validation nights)."""
     source = datasets.samples("cityscapes", args.cityscapes, "train")
     if not source[0].label:
         raise datasets.DataError(f"{args.cityscapes}: no gtFine/train with labels in it")
@@ -221,12 +199,13 @@ def load_data(args):
     days, nights, validation, synthetic = [], [], [], None
     if not args.day_only:
         days, nights = datasets.targets(layout, root, args.pairs)
+    elif args.night_statistics == "target":
+        _, nights = datasets.targets(layout, root, "none")
     if args.synthetic_night:
         synthetic = datasets.synthetic_nights(args.synthetic_night, source)
-    val = datasets.LAYOUTS[layout][0].format("val")
-    # With --day-only nothing else has looked for root; listdir says so if it is not there.
-    if root and os.listdir(root) and datasets.find(root, val, ".png", must_exist=False):
-        validation = [sample for sample in datasets.samples(layout, root, "val") if sample.label]
+    if root:
+        found = datasets.samples(layout, root, "val", must_exist=False)
+        validation = [sample for sample in found if sample.label]
     print(f"{len(source)} labelled days, {len(days)} target days and {len(nights)} nights ({args.pairs}), "
           f"{len(validation)} labelled nights to validate", flush=True)  # fmt: skip
     for labelled in (source, validation):
@@ -237,7 +216,7 @@ def load_data(args):
         source, days, nights, args.crop, args.pairs != "none", synthetic, args.scale, args.seed,
         length=args.steps * size, targets_from=math.floor(args.adapt_from * args.steps) * size,
     )  # fmt: skip
-    return stream, validation
+    return stream, nights, validation
 
 
 def batches(stream, start, args):
@@ -249,7 +228,7 @@ def batches(stream, start, args):
     def load(first):
         return torch.utils.data.default_collate([stream[k] for k in range(first, first + size)])
 
-    cuda = args.device.startswith("cuda")  # there a copy of pinned memory waits for nothing
+    cuda = args.device.startswith("cuda")  # a copy of pinned memory waits for nothing
     try:
         for batch in datasets.ahead(load, firsts, args.workers):
             batch = {name: x.pin_memory() if cuda else x for name, x in batch.items()}
@@ -257,9 +236,6 @@ def batches(stream, start, args):
             yield {name: x.long() if name == "source_label" else x / 255 for name, x in batch.items()}
     except (datasets.DataError, OSError) as error:
         yield error
-
-
-# ---- checkpoints and the log -------------------------------------------------------------------------------
 
 
 def save(method, optimizer, rows, args, tiles=None):
@@ -281,73 +257,60 @@ def save(method, optimizer, rows, args, tiles=None):
 
 def replace(state, path):
     """Write a torch file beside `path`, which then takes its place: `path` never holds half of it."""
-    aside = Path(f"{path}.tmp")
     torch.save(state, buffer := io.BytesIO())  # on a full disk torch itself names no reason
-    try:
-        aside.write_bytes(buffer.getbuffer())
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise OSError(f"{path}: not written ({error.strerror}); what it held before is still whole") from None
+    (aside := Path(f"{path}.tmp")).write_bytes(buffer.getbuffer())
+    aside.replace(path)
+
+
+# What a resumed run may change: the machine, messages, where files lie.
+FREE = {"out", "resume", "device", "workers", "compile", "log_every", "eval_every", "weights"}
+FREE |= {"cityscapes", "darkzurich", "acdc", "synthetic_night", "pairs"}
 
 
 def resume(method, optimizer, args):
-    """Put OUT/last.pt into its places, if it is there. Returns (its step, the rows of the log)."""
+    """With --resume, put OUT/last.pt into its places, if it is there and of the same arguments. Returns (its
+    step, the rows of the log)."""
     path = Path(args.out, "last.pt")
-    if not path.exists():
+    if not (args.resume and path.exists()):
         return 0, []
-    state = models.read_file(path)
+    state, now = models.read_file(path), vars(args)
+    then = state["args"]
+    if differ := [name for name in now if name not in FREE and then.get(name) != now[name]]:
+        told = ", ".join(f"{name} {then.get(name)} there, {now[name]} here" for name in differ)
+        raise datasets.DataError(f"{path}: is of another run: {told}")
     method.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     print(f"resumed at step {state['step']} of {path}", flush=True)
     return state["step"], state["rows"]
 
 
-# What a resumed run may change: the machine, messages, and where files lie.
-FREE = {"out", "resume", "device", "workers", "compile", "log_every", "eval_every", "weights"}
-FREE |= {"cityscapes", "darkzurich", "acdc", "synthetic_night", "pairs"}
-
-
 def claim(args):
-    """Make OUT this run's, by a new OUT/args.json; with --resume it may be there, with the same arguments."""
-    path, now = Path(args.out, "args.json"), vars(args) | {"processes": PROCESSES}
-    pairs = args.pairs if args.pairs in ("corresp", "none") else "csv"
-    now["kind of data"] = [pairs, "acdc" if args.acdc else "darkzurich", bool(args.synthetic_night)]
-    now = json.loads(json.dumps(now))
-    if args.resume and path.exists() and (text := path.read_text()):
-        then = json.loads(text)
-        differ = [name for name in now if name not in FREE and then.get(name) != now[name]]
-        if differ:
-            told = ", ".join(f"{name} {then.get(name)} there, {now[name]} here" for name in differ)
-            raise datasets.DataError(f"{path}: is of another run: {told}")
+    """Make OUT this run's by a new OUT/args.json, which only one process can create; --resume finds it there."""
+    if RANK:
         return
-    names = ("args.json", "last.pt", "night.pt", "log.csv")
-    held = [name for name in names if Path(args.out, name).exists()]
-    if held and not (args.resume and held == ["args.json"]):  # an empty one is of a start that was killed
-        way_out = "choose another --out" if args.resume else "add --resume, or choose another --out"
-        raise datasets.DataError(f"{args.out}: holds {held[0]}: {way_out}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w" if held else "x") as file:  # x: only one process can create it
-        json.dump(now, file, indent=1)
-
-
-# ---- the command -------------------------------------------------------------------------------------------
+    out = Path(args.out)
+    if not args.resume and any((out / name).exists() for name in ("args.json", "last.pt")):
+        raise datasets.DataError(f"{out}: holds a run: add --resume, or choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "args.json", "w" if args.resume else "x") as file:
+        json.dump(vars(args), file, indent=1)
 
 
 def parse_args(argv=None):
-    summary, manual = __doc__.split("\n\n", 1)
     parser = argparse.ArgumentParser(
-        description=summary, epilog=manual, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="python train.py --cityscapes DIR --darkzurich DIR [options]", allow_abbrev=False,
+        usage="python train.py --cityscapes DIR --darkzurich DIR [options]", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
-    add = parser.add_argument_group("data").add_argument
+    data = parser.add_argument_group("data")
+    add, target = data.add_argument, data.add_mutually_exclusive_group().add_argument
     add("--cityscapes", metavar="DIR", help="labelled days: holds leftImg8bit/ and gtFine/")
-    add("--darkzurich", metavar="DIR", help="days and nights: holds rgb_anon/, corresp/, gt/val/")
-    add("--acdc", metavar="DIR", help="ACDC night instead: holds rgb_anon/night/, gt/night/val/")
+    target("--darkzurich", metavar="DIR", help="days and nights: holds rgb_anon/, corresp/, gt/val/")
+    target("--acdc", metavar="DIR", help="ACDC night: holds rgb_anon/night/, gt/night/val/")
+    target("--demo", action="store_true", help="draw a small city, compare day-only and the method on it")
     add("--pairs", default="corresp", help="a csv of NIGHT,DAY lines; none: unrelated images")
     add("--synthetic-night", metavar="DIR", help="ready-made nights, in leftImg8bit's tree")
-    add("--crop", type=int, nargs=2, default=(512, 512), help="height and width (512 512)")
-    add("--scale", type=float, nargs=2, default=(0.5, 1.0), help="random resizing before the crop (0.5 1)")
+    add("--crop", type=int, nargs=2, default=[512, 512], help="height and width (512 512)")
+    add("--scale", type=float, nargs=2, default=[0.5, 1.0], help="random resizing before the crop (0.5 1)")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="decoding threads")
     add = parser.add_argument_group("network").add_argument
     add("--backbone", choices=[*models.BACKBONES], default="resnet18", help="of torchvision (resnet18)")
@@ -366,15 +329,18 @@ def parse_args(argv=None):
     add("--adapt-from", type=float, default=0.25, help="share (0 to 1) of --steps before targets join")
     add("--no-teacher", action="store_true", help="no averaged teacher, pasting or strong colours")
     add("--no-projection", action="store_true", help="embeddings are average-pooled features")
-    add("--night-statistics", choices=("target", "source"), help="of T_n or S_n at M_n's end (target)")
+    add(
+        "--night-statistics",
+        choices=("target", "source"),
+        help="of M_n at the end (target; day-only: source)",
+    )
     add = parser.add_argument_group("run").add_argument
-    add("--demo", action="store_true", help="draw a small city, compare day-only and the method on it")
     add("--out", metavar="DIR", default="runs/ccdistill", help="where everything is written")
     add("--resume", action="store_true", help="go on from OUT/last.pt, or begin if there is none")
     add("--steps", type=int, default=50000, help="(%(default)s)")
     add("--batch-size", type=int, default=2, help="images per domain and process (%(default)s)")
     add("--lr", type=float, default=5e-4, help="learning rate of AdamW (%(default)s)")
-    add("--weight-decay", type=float, default=5e-4, help="of all but norms and biases (%(default)s)")
+    add("--weight-decay", type=float, default=5e-4, help="of AdamW (%(default)s)")
     add("--power", type=float, default=0.9, help="of the polynomial decay of the rate (%(default)s)")
     add("--amp", choices=("off", "bf16"), default="bf16" if torch.cuda.is_available() else "off")
     add("--compile", action="store_true", help="torch.compile the networks")
@@ -383,43 +349,38 @@ def parse_args(argv=None):
     add("--eval-every", type=int, default=500, help="steps between validations and saves (%(default)s)")
     add("--log-every", type=int, default=20, help="steps between progress lines (%(default)s)")
     if "--demo" in (sys.argv if argv is None else argv):
-        shown = {"out": "runs/demo", "steps": 250, "batch_size": 4, "crop": (96, 192), "weights": "none"}
+        shown = {"out": "runs/demo", "steps": 250, "batch_size": 4, "crop": [96, 192], "weights": "none"}
         parser.set_defaults(eval_every=250, **shown)
     args = parser.parse_args(argv)
-    if not args.demo and not (args.cityscapes and (args.darkzurich or args.acdc or args.day_only)):
+    day_alone = args.day_only and args.night_statistics != "target"
+    if not args.demo and not (args.cityscapes and (args.darkzurich or args.acdc or day_alone)):
         parser.error("give --cityscapes DIR, and --darkzurich DIR, --acdc DIR or --day-only; or --demo")
-    if args.darkzurich and args.acdc:
-        parser.error("--darkzurich and --acdc exclude each other")
-    if args.demo and (args.cityscapes or args.darkzurich or args.acdc or args.day_only or PROCESSES > 1):
-        parser.error("--demo draws its own data and trains day-only and the method on it, in one process")
-    apart = args.day_only or args.night_weights == "shared"
-    if args.night_statistics == "target" and apart:
-        parser.error("--night-statistics target needs norms of M_n's own: no --day-only, no shared weights")
-    args.night_statistics = args.night_statistics or ("source" if apart or args.no_teacher else "target")
+    shared = args.night_weights == "shared"
+    if args.night_statistics == "target" and shared:
+        parser.error("--night-statistics target needs norms of M_n's own: no --night-weights shared")
+    of_source = args.day_only or args.no_teacher or shared
+    args.night_statistics = args.night_statistics or ("source" if of_source else "target")
+    pairs = args.pairs if args.pairs in ("corresp", "none") else "csv"
+    args.data = [PROCESSES, pairs, "acdc" if args.acdc else "darkzurich", bool(args.synthetic_night)]
     return args
 
 
 def demo(args):
     """Draw the demo city, train day-only and CCDistill on it for as many steps, compare them at night."""
-    out, city, results, rows = Path(args.out), Path(args.out, "city"), [], {}
+    out, city, results, columns = Path(args.out), Path(args.out, "city"), [], []
     args.cityscapes, args.darkzurich, args.resume = f"{city}/cityscapes", f"{city}/darkzurich", True
     if not any(city.glob("darkzurich/corresp/train/night/*/*.csv")):  # the last thing to be written
         print(f"drawing a city into {city}", flush=True)
         datasets.make_demo_city(city)
-    samples = datasets.samples("darkzurich", args.darkzurich)
-
-    def draw(item, prediction, _):
-        row = rows.setdefault(item["name"], [item["image"], datasets.colourise(item["label"])])
-        row.insert(-1, datasets.colourise(prediction))
-
     for name in ("day-only", "ccdistill"):
         print(f"\n{name}: {args.steps} steps", flush=True)
         run = argparse.Namespace(**vars(args) | {"out": str(out / name), "day_only": name == "day-only"})
         run.night_statistics = "source" if run.day_only else args.night_statistics
-        train(run)
-        model, _ = load_model(out / name / "night.pt", device=args.device)
-        results.append(evaluate(model, samples, args.device, each=draw))
-    grid([tile for row in list(rows.values())[:4] for tile in row], 4).save(out / "comparison.png")
+        result, tiles = train(run)
+        results.append(result)
+        columns += [tiles[1::3]]
+    rows = zip(tiles[0::3], *columns, tiles[2::3], strict=True)
+    grid([tile for row in rows for tile in row], 4).save(out / "comparison.png")
     print(f"\n{'at night':14}   day-only  ccdistill\n{table(*results)}")
     print(f"{out / 'comparison.png'}: night image, day-only, CCDistill, label")
 
