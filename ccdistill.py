@@ -22,8 +22,8 @@ from models import ProjectionHead
 
 NIGHT_STYLES = ("random", "color", "histogram", "fda")
 NIGHT_WEIGHTS = ("norm", "shared", "separate")
-BATCH_NORM = nn.modules.batchnorm._NormBase  # whatever keeps running statistics
-NORMS = (BATCH_NORM, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+BATCH_NORM = nn.modules.batchnorm._BatchNorm  # and what derives from it, as SyncBatchNorm
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 STRONG = v2.Compose(
     [v2.ColorJitter(0.4, 0.4, 0.4, 0.1), v2.RandomApply([v2.GaussianBlur(7, (0.15, 1.15))], p=0.5)]
 )
@@ -156,8 +156,8 @@ def check_images(**images):
 
 @contextlib.contextmanager
 def momentum(networks, value):
-    """Inside, the norms of the networks move their running statistics with this momentum (0: not at all)."""
-    norms = [module for network in networks for module in network.modules() if isinstance(module, BATCH_NORM)]
+    """Inside, the batch norms of the networks move their running statistics with this momentum (0: not at all)."""
+    norms = [m for network in networks for m in network.modules() if isinstance(m, BATCH_NORM)]
     before = [norm.momentum for norm in norms]
     try:
         for norm in norms:
@@ -196,10 +196,9 @@ def take_night_statistics(network, nights):
     each counted alike. The network is in eval mode afterwards."""
     network.eval()
     images = None
-    with momentum([network], None) as norms:  # None: a plain average, in which the first batch counts whole
+    with momentum([network], None) as norms:  # a plain average over batches
         for norm in norms:
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
-                norm.train().num_batches_tracked.zero_()
+            norm.train().reset_running_stats()
         for images in nights:
             check_images(nights=images)
             network(images)
