@@ -136,7 +136,7 @@ def find(root, name, ending, must_exist=True):
     folders = [root / name] if (root / name).is_dir() else sorted(root.glob(f"[!._]*/{name}"))
     if len(folders) > 1:
         raise DataError(f"{root}: {name} is there more than once: {folders[0]}, {folders[1]}")
-    if not folders and must_exist:
+    if not folders and (must_exist or not root.is_dir()):
         above = next(path for path in (root / name).absolute().parents if path.is_dir())
         raise DataError(f"{root / name}: no such folder ({above} holds {sorted(os.listdir(above))[:9]})")
 

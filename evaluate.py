@@ -232,7 +232,7 @@ def main(argv=None):
             if args.out:
                 for kind in ("labelTrainIds", "labelIds", "color", "overlay"):
                     Path(args.out, kind).mkdir(exist_ok=True)
-                    pictures[kind].save(Path(args.out, kind, f"{name}.png"))
+                    pictures[kind].save(Path(args.out, kind, f"{name}.png"), compress_level=1)  # fast
             if pack:
                 pack(item["name"], pictures)
 
