@@ -22,8 +22,8 @@ from models import ProjectionHead
 
 NIGHT_STYLES = ("random", "color", "histogram", "fda")
 NIGHT_WEIGHTS = ("norm", "shared", "separate")
-BATCH_NORM = nn.modules.batchnorm._BatchNorm  # and what derives from it, as SyncBatchNorm
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+BATCH_NORM = nn.modules.batchnorm._NormBase  # whatever keeps running statistics
+NORMS = (BATCH_NORM, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 STRONG = v2.Compose(
     [v2.ColorJitter(0.4, 0.4, 0.4, 0.1), v2.RandomApply([v2.GaussianBlur(7, (0.15, 1.15))], p=0.5)]
 )
@@ -37,8 +37,7 @@ class CCDistill(nn.Module):
     is C. projection False: e is F averaged over positions. A term of weight 0 (but for js) is not computed.
     target_paired: T_d[i] and T_n[i] show one place; then num_static, how many classes (the first ones) do not
     move, must be given unless K is 19. joint: S and T are one batch to batch norm, as in the figure; else
-    (ours) each domain has batch statistics of its own, and only the source's enter the running ones.
-    """
+    (ours) each domain has batch statistics of its own, and only the source's enter the running ones."""
 
     def __init__(self, model, *, night_weights="norm", joint=False, night_style="random", projection=True,
                  content_weight=1.0, style_weight=1.0, js_weight=0.1, pseudo_weight=1.0, pseudo_threshold=0.9,
@@ -58,14 +57,15 @@ class CCDistill(nn.Module):
         self.num_static = num_static
 
     def forward(self, batch, adapt=True):
-        """batch: source_day, target_day, target_night, each (B, 3, H, W) float RGB in [0, 1] (else ValueError),
-        source_label (B, H, W) int64, and source_night if it is ready-made. Returns a dict of scalars: each
-        term, unweighted, the parts of CDC, and total. adapt=False: only the source is learned from."""
+        """batch: source_day, target_day, target_night, each (B, 3, H, W) float RGB in [0, 1], source_label
+        (B, H, W) int64, source_night if it is ready-made; else ValueError. Returns a dict of scalars: each
+        term, unweighted, the parts of CDC, and total. adapt=False: only the source is learned from, and the
+        teacher is a copy of the networks."""
         check_images(**{name: images for name, images in batch.items() if name != "source_label"})
         s_d, y = batch["source_day"], batch["source_label"]
         check_shapes(3, source_label=y, source_day=s_d[:, 0])
         if self.teacher and self.training:
-            self.update_teacher()
+            self.update_teacher(0.01 if adapt else 1.0)
         s_n = batch.get("source_night")
         if s_n is None:  # Trans
             s_n = night_style(s_d, batch["target_night"], self.style)
@@ -90,8 +90,10 @@ class CCDistill(nn.Module):
                 f_tn, p_tn = self.night(t_n)
         terms = {"seg_day": segmentation_loss(p_sd, y), "seg_night": segmentation_loss(p_sn, y)}
         if self.pseudo_weight:
-            if not self.teacher:
-                y_td, y_tn, w_td, w_tn = *self.own_predictions(p_td, p_tn), None, None
+            if not self.teacher:  # own confident predictions, as in the figure
+                day_logits, w_td, w_tn = p_td if self.target_paired else None, None, None
+                y_td = pseudo_labels(p_td, threshold=self.pseudo_threshold)
+                y_tn = pseudo_labels(p_tn, day_logits, self.pseudo_threshold, self.num_static)
             terms["pseudo"] = segmentation_loss(p_td, y_td, w_td) + segmentation_loss(p_tn, y_tn, w_tn)
         if self.content_weight:
             e = [self.projection(f) for f in (f_sd, f_sn, f_td, f_tn)]
@@ -105,12 +107,6 @@ class CCDistill(nn.Module):
             + self.content_weight * terms.get("content", 0) + self.style_weight * terms.get("style", 0)
         )  # fmt: skip
         return terms
-
-    def own_predictions(self, p_td, p_tn):
-        """Labels of T_d and T_n, (B, H, W): own confident predictions (from logits), as in the figure."""
-        y_td = pseudo_labels(p_td, threshold=self.pseudo_threshold)
-        day_logits = p_td if self.target_paired else None
-        return y_td, pseudo_labels(p_tn, day_logits, self.pseudo_threshold, self.num_static)
 
     @torch.no_grad()
     def teach(self, s_n, label, t_d, t_n):
@@ -133,18 +129,18 @@ class CCDistill(nn.Module):
         return t_d, t_n, y_td, y_tn, w_td, w_tn
 
     @torch.no_grad()
-    def update_teacher(self):
-        """Move the teacher's weights by 1 % towards the networks'; its norms' statistics are theirs."""
+    def update_teacher(self, share):
+        """Move the teacher's weights by this share towards the networks'; its norms take their statistics."""
         teacher, networks = self.teacher, nn.ModuleDict({"day": self.day, "night": self.night})
-        torch._foreach_lerp_([*teacher.parameters()], [*networks.parameters()], 0.01)  # one kernel for all
+        torch._foreach_lerp_([*teacher.parameters()], [*networks.parameters()], share)  # one kernel for all
         mine, theirs = ([b for b in m.buffers() if b.is_floating_point()] for m in (teacher, networks))
         if mine:
             torch._foreach_copy_(mine, theirs)
 
 
 def check_images(**images):
-    """Raise ValueError unless all are float (B, 3, H, W) of one shape and, on a CPU (a GPU would have to be
-    waited for), in [0, 1]."""
+    """Raise ValueError unless all are float (B, 3, H, W) of one shape and, on a CPU (a GPU would stall), in
+    [0, 1]."""
     check_shapes(4, **images)
     for name, x in images.items():
         low, high = x.aminmax() if x.device.type == "cpu" else (0, 1)
@@ -156,7 +152,7 @@ def check_images(**images):
 
 @contextlib.contextmanager
 def momentum(networks, value):
-    """Inside, the batch norms of the networks move their running statistics with this momentum (0: not at all)."""
+    """Inside, running statistics of the networks' norms move with this momentum (0: not at all)."""
     norms = [m for network in networks for m in network.modules() if isinstance(m, BATCH_NORM)]
     before = [norm.momentum for norm in norms]
     try:
@@ -192,13 +188,14 @@ def night_model(day, night_weights):
 @torch.no_grad()
 def take_night_statistics(network, nights):
     """Give M_n's batch norms the statistics of real target nights when training has ended (ours; AdaBN, Li et
-    al., 2017): in training they were those of S_n. nights: batches (B, 3, H, W) of T_n in [0, 1], of any size,
-    each counted alike. The network is in eval mode afterwards."""
+    al., 2017): in training they were those of S_n. nights: batches (B, 3, H, W) of T_n in [0, 1], of any
+    size, each counted alike; ValueError without one. The network is in eval mode afterwards."""
     network.eval()
     images = None
-    with momentum([network], None) as norms:  # a plain average over batches
+    with momentum([network], None) as norms:  # None: a plain average, in which the first batch counts whole
         for norm in norms:
-            norm.train().reset_running_stats()
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
+                norm.train().num_batches_tracked.zero_()
         for images in nights:
             check_images(nights=images)
             network(images)

@@ -5,8 +5,8 @@ layouts. Knows no model.
     days, nights = targets("darkzurich", root)                 paths, element i of both shows one place
     stream = FourDomains(source, days, nights, crop=(512, 512), length=1000)     a torch Dataset
 
-Images are (3, H, W) uint8 RGB, labels (H, W) uint8 trainIds with 255 = ignore. A bad file raises DataError, one
-line that names it. Names that begin with a dot are never data.
+Images are (3, H, W) uint8 RGB, labels (H, W) uint8 trainIds with 255 = ignore. A bad file raises DataError,
+one line that names it. Names that begin with a dot are never data.
 """
 
 import collections
@@ -73,9 +73,8 @@ def samples(layout, root, split="val", must_exist=True):
 def targets(layout, root, pairs="corresp"):
     """(day images, night images) of "darkzurich" or "acdc" train. No label is read.
 
-    pairs: "corresp": element i of both shows one place, by Dark Zurich's corresp/train/night/**/*_ref_day.csv or
-    ACDC's names; the path of a csv of that form (Dark Zurich only); "none": all days and nights, unrelated.
-    """
+    pairs: "corresp": element i of both shows one place, by Dark Zurich's corresp/train/night/**/*_ref_day.csv
+    or ACDC's names; the path of a csv of that form (Dark Zurich only); "none": all of both, unrelated."""
     day_folder, night_folder, ending = TARGETS[layout]
     days, nights = find(root, day_folder, ending), find(root, night_folder, "_rgb_anon.png")
     if pairs == "none":
@@ -129,9 +128,9 @@ def pictures(paths):
 
 
 def find(root, name, ending, must_exist=True):
-    """{path below ROOT/name without its ending: path}, sorted. The folder may also be the one ROOT/*/name that
-    there is (zips unpacked side by side). Links are followed, but not upwards. What cannot be listed, links to
-    nothing and pictures of another format are refused: part of the data would be missing."""
+    """{path below ROOT/name without its ending: path}, sorted. The folder may also be the one ROOT/*/name
+    (zips unpacked side by side). Links are followed, but not upwards. What cannot be listed, links to nothing
+    and pictures of another format are refused: part of the data would be missing."""
     root, found = Path(root), {}
     folders = [root / name] if (root / name).is_dir() else sorted(root.glob(f"[!._]*/{name}"))
     if len(folders) > 1:
@@ -175,12 +174,12 @@ def label_warning(samples):
 
 class FourDomains(torch.utils.data.Dataset):
     """Item k is a dict of uint8 tensors, all `crop` = (H, W): source_day, source_label, target_day,
-    target_night and, of the paths `synthetic`, source_night. All that is random about it comes from (seed, k),
+    target_night and, of the paths `synthetic`, source_night. What is random about it comes from (seed, k),
     k counting samples from the first step on, so that threads and resumed runs see the same items.
 
-    source: [Sample]; days, nights: paths, element i of both showing one place if `paired`. scale: range of the
-    resizing before the crop. Before item `targets_from` no target_day is decoded, and target_night for S_n only.
-    """
+    source: [Sample]; days, nights: paths, element i of both showing one place if `paired`; without days there
+    is no target. scale: range of the resizing before the crop. Before item `targets_from` no target_day is
+    decoded, and a target_night only if S_n is made from it."""
 
     def __init__(self, source, days, nights, crop, paired=True, synthetic=None, scale=(0.5, 1.0), seed=0,
                  length=1, targets_from=0):  # fmt: skip
@@ -347,9 +346,7 @@ def make_demo_city(root, train=160, val=24):
         save(image, f"cityscapes/leftImg8bit/{name}_leftImg8bit.png")
         label = label.point(LABEL_IDS + [0] * (256 - len(CLASSES)))
         save(label, f"cityscapes/gtFine/{name}_gtFine_labelIds.png")
-        day, night = (
-            f"{split}/{light}/DEMO_{light}/DEMO_{light}_frame_{n:06d}" for light in ("day", "night")
-        )
+        day, night = (f"{split}/{x}/DEMO_{x}/DEMO_{x}_frame_{n:06d}" for x in ("day", "night"))
         save(draw_street("target", f"{split} {n}", "day")[0], f"darkzurich/rgb_anon/{day}_rgb_anon.png")
         image, label = draw_street("target", f"{split} {n}", "night")
         save(image, f"darkzurich/rgb_anon/{night}_rgb_anon.png")

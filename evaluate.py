@@ -113,23 +113,23 @@ def load_model(path, which="night", device="cpu"):
     of a last.pt. Raises models.WeightsError."""
     content = models.read_file(path)
     state = models.weights_in(content, path, which)
-    model = models.DeepLab(**models.architecture_of(state, path))
+    if "architecture" not in state or len(state.get("classifier.4.bias", ())) != len(datasets.NAMES):
+        raise models.WeightsError(f"{path}: no night.pt or last.pt that train.py wrote, of 19 classes")
+    backbone, output_stride = state["architecture"].tolist()
+    model = models.DeepLab(models.BACKBONES[backbone], output_stride=output_stride)
     models.load_weights(model, state, path)
-    if (classes := model.classifier[4].out_channels) != len(datasets.NAMES):
-        raise models.WeightsError(f"{path}: has {classes} classes, but scores are of Cityscapes' 19")
     return model.to(device, memory_format=torch.channels_last).eval(), content
 
 
 def drawn(image, prediction, confidence):
     """{kind: Pillow image, at the image's own size} of what --out and --submit write."""
     prediction, levels = prediction.cpu(), (confidence.cpu().double() * 65535).round()
-    train_ids, colours = prediction.to(torch.uint8), TF.to_pil_image(datasets.colourise(prediction))
+    colours = TF.to_pil_image(datasets.colourise(prediction))
     return {
-        "labelTrainIds": TF.to_pil_image(train_ids),
+        "labelTrainIds": TF.to_pil_image(prediction.to(torch.uint8)),
         "labelIds": TF.to_pil_image(LABEL_IDS[prediction]),
         "color": colours,
         "overlay": Image.blend(TF.to_pil_image(image), colours, 0.5),
-        "labelTrainIds_invalid": TF.to_pil_image(train_ids),
         "confidence": TF.to_pil_image(levels.to(torch.uint16).view(torch.int16)),
     }
 
@@ -146,8 +146,8 @@ def entries(layout, name):
     """{entry of a test server's zip: what it holds} for the image of this name."""
     if layout == "cityscapes":
         return {f"{name}.png": "labelIds"}
-    kinds = ("labelTrainIds", "labelTrainIds_invalid", "confidence")
-    return {f"{kind}/{name.removesuffix('_rgb_anon')}.png": kind for kind in kinds}
+    folders = ("labelTrainIds", "labelTrainIds_invalid", "confidence")
+    return {f"{f}/{name.removesuffix('_rgb_anon')}.png": f.removesuffix("_invalid") for f in folders}
 
 
 @contextlib.contextmanager

@@ -38,8 +38,8 @@ def gram(features):
 
 
 def js_divergence(p, q):
-    """D: Jensen-Shannon divergence of softmax(p) and softmax(q), (B, D), sample i with sample i; mean over the
-    batch: a scalar in [0, ln 2]."""
+    """D: Jensen-Shannon divergence of softmax(p) and softmax(q), (B, D), sample i with sample i; a mean over
+    the batch, in [0, ln 2]."""
     check_shapes(2, p=p, q=q)
     log_p, log_q = full(p).log_softmax(1), full(q).log_softmax(1)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)

@@ -14,7 +14,7 @@ import torchvision
 from torch import nn
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")  # files hold the number here: new ones go last
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")  # files hold their number: append new ones
 ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}  # DeepLab v3 (Chen et al., 2017), by output stride
 
 
@@ -70,8 +70,9 @@ class ProjectionHead(nn.Sequential):
 class PooledNorm(nn.BatchNorm2d):
     """Batch norm for ASPP's pooled branch, which holds one value a channel and image: divided by their own
     deviation, two values become 1 and -1, whatever they were. So training subtracts the batch's mean (from a
-    single image the running one) but divides by the running deviation. The running statistics count every
-    image, for one as for many, and `momentum` weighs batches as ever. In eval mode it is plain batch norm."""
+    single image the running one) but divides by the running deviation, which it updates from single images as
+    well. In eval mode it is plain batch norm. Without momentum, as for the statistics of nights, the mean
+    alone moves: whole frames differ less than the crops of training do."""
 
     def forward(self, x):
         if self.training and self.momentum != 0:
@@ -80,7 +81,8 @@ class PooledNorm(nn.BatchNorm2d):
             values = x.detach().flatten(1).to(self.running_mean.dtype)
             from_old_mean = values - self.running_mean
             self.running_mean.lerp_(values.mean(0), share)
-            self.running_var.lerp_((from_old_mean * (values - self.running_mean)).mean(0), share)
+            if self.momentum is not None:
+                self.running_var.lerp_((from_old_mean * (values - self.running_mean)).mean(0), share)
         # Copies: a later call must not change what backward needs.
         mean, var = self.running_mean.clone(), self.running_var.clone()
         if self.training and len(x) > 1:
@@ -121,7 +123,8 @@ def weights_in(content, path, which="night"):
     """The state dict in a file's content, in DeepLab's names: of night.pt, of last.pt (`which`: its M_n or
     M_d), of torchvision's ResNets and `deeplabv3_*`, also as {"model": ...} or {"state_dict": ...}."""
     state = content.get("model", content.get("state_dict", content)) if isinstance(content, dict) else None
-    named = isinstance(state, dict) and all(torch.is_tensor(value) for value in state.values())
+    items = state.items() if isinstance(state, dict) else [(None, None)]
+    named = all(isinstance(key, str) and torch.is_tensor(value) for key, value in items)
     if named and (which == "day" or any(key.startswith("night.") for key in state)):  # as last.pt has it
         state = {k.removeprefix(f"{which}."): v for k, v in state.items() if k.startswith(f"{which}.")}
     if not named or not state:
@@ -129,14 +132,6 @@ def weights_in(content, path, which="night"):
     state = {key.removeprefix("module."): value for key, value in state.items()}
     state = {k: v for k, v in state.items() if not k.startswith(("aux_classifier.", "fc."))}
     return {f"backbone.{key}": value for key, value in state.items()} if "conv1.weight" in state else state
-
-
-def architecture_of(state, path):
-    """The arguments of DeepLab for its state dict."""
-    if "architecture" not in state or "classifier.4.bias" not in state:
-        raise WeightsError(f"{path}: not written by train.py, whose night.pt and last.pt are read here")
-    (backbone, stride), classes = state["architecture"].tolist(), len(state["classifier.4.bias"])
-    return {"backbone": BACKBONES[backbone], "num_classes": classes, "output_stride": stride}
 
 
 def read_file(path):

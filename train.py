@@ -40,15 +40,16 @@ def train(args):
     """One run, to OUT/night.pt after step --steps. Returns what `validate` does, by the first process."""
     stream, nights, validation = load_data(args)
     method, optimizer = build(args)
+    if RANK == 0:
+        claim(args)  # after whatever a wrong path ends
     start, rows = resume(method, optimizer, args)
-    claim(args)  # after whatever a wrong path ends
     parallel = method.train()
     if PROCESSES > 1:  # the projection head rests until the targets join
         parallel = nn.parallel.DistributedDataParallel(method, find_unused_parameters=args.adapt_from > 0)
     if 0 < start < args.steps and start % args.eval_every == 0 and "miou" not in rows[-1]:
         validate(method, optimizer, validation, rows, args)  # it had been saved, but ended before
 
-    feed, began = batches(stream, start, args), time.monotonic()
+    feed, told = batches(stream, start, args), (start, time.monotonic())
     batch = next(feed, None)
     for step in range(start + 1, args.steps + 1):
         if isinstance(batch, Exception):
@@ -59,7 +60,7 @@ def train(args):
             group["lr"] = args.lr * (1 - (step - 1) / args.steps) ** args.power
         if args.compile:
             torch.compiler.cudagraph_mark_step_begin()
-        with autocast(args):
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp == "bf16"):
             losses = parallel(batch, adapt=step > args.adapt_from * args.steps)
         optimizer.zero_grad()
         losses["total"].backward()
@@ -74,7 +75,8 @@ def train(args):
         if due or stopping or step == args.steps:
             save(method, optimizer, rows, args)
         if step % args.log_every == 0 or step == args.steps:
-            report(rows[-1], (step - start) / (time.monotonic() - began), args)
+            report(rows[-1], (step - told[0]) / (time.monotonic() - told[1]), args)
+            told = step, time.monotonic()
         if due:
             validate(method, optimizer, validation, rows, args)
         if stopping:
@@ -102,7 +104,7 @@ def exchange(losses, method, stopping):
 
 
 def report(row, rate, args):
-    """Print the progress line. rate: steps a second. The memory is the GPU's peak, else this process's."""
+    """Print the progress line. rate: steps a second. Memory is the GPU's peak, else this process's."""
     step, memory = row["step"], torch.cuda.max_memory_allocated() / 2**20
     if not memory and os.name == "posix":
         import resource
@@ -115,10 +117,6 @@ def report(row, rate, args):
     left = (args.steps - step) / rate / 60
     with contextlib.suppress(OSError):  # a closed terminal or pipe ends no run unsaved
         print(f"step {step}/{args.steps}  {left:.0f} min left  {speed}  {memory:.0f} MB  {terms}", flush=True)
-
-
-def autocast(args):
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp == "bf16")
 
 
 def validate(method, optimizer, validation, rows, args):
@@ -146,7 +144,7 @@ def finish(method, optimizer, nights, validation, rows, args):
         some = [datasets.Sample(night) for night in nights[:: math.ceil(len(nights) / 200)]]
         items = datasets.ahead(datasets.load, some, args.workers)
         images = (item["image"][None].to(args.device) / 255 for item in items)
-        with autocast(args), torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"):
             ccdistill.take_night_statistics(method.night, images)
         save(method, optimizer, rows, args)
     outcome = validate(method, optimizer, validation, rows, args)
@@ -258,8 +256,11 @@ def save(method, optimizer, rows, args, tiles=None):
 def replace(state, path):
     """Write a torch file beside `path`, which then takes its place: `path` never holds half of it."""
     torch.save(state, buffer := io.BytesIO())  # on a full disk torch itself names no reason
-    (aside := Path(f"{path}.tmp")).write_bytes(buffer.getbuffer())
-    aside.replace(path)
+    try:
+        (aside := Path(f"{path}.tmp")).write_bytes(buffer.getbuffer())
+        aside.replace(path)
+    except OSError as error:
+        raise OSError(f"{path}: not written ({error.strerror}); what it held is still whole") from None
 
 
 # What a resumed run may change: the machine, messages, where files lie.
@@ -267,33 +268,32 @@ FREE = {"out", "resume", "device", "workers", "compile", "log_every", "eval_ever
 FREE |= {"cityscapes", "darkzurich", "acdc", "synthetic_night", "pairs"}
 
 
+def claim(args):
+    """Make OUT this run's by a new OUT/args.json, which only one process can create. With --resume it may be
+    there, of the same arguments."""
+    out, path, now = Path(args.out), Path(args.out, "args.json"), vars(args)
+    if not args.resume and any((out / name).exists() for name in ("args.json", "last.pt", "night.pt")):
+        raise datasets.DataError(f"{out}: holds a run: add --resume, or choose another --out")
+    if path.exists() and (text := path.read_text()):  # empty where a start was killed
+        then = json.loads(text)
+        if differ := [name for name in now if name not in FREE and then.get(name) != now[name]]:
+            told = ", ".join(f"{name} {then.get(name)} there, {now[name]} here" for name in differ)
+            raise datasets.DataError(f"{path}: is of another run: {told}")
+    out.mkdir(parents=True, exist_ok=True)
+    with open(path, "w" if args.resume else "x") as file:
+        json.dump(now, file, indent=1)
+
+
 def resume(method, optimizer, args):
-    """With --resume, put OUT/last.pt into its places, if it is there and of the same arguments. Returns (its
-    step, the rows of the log)."""
+    """With --resume, put OUT/last.pt into its places, if there is one. Returns (its step, the log's rows)."""
     path = Path(args.out, "last.pt")
     if not (args.resume and path.exists()):
         return 0, []
-    state, now = models.read_file(path), vars(args)
-    then = state["args"]
-    if differ := [name for name in now if name not in FREE and then.get(name) != now[name]]:
-        told = ", ".join(f"{name} {then.get(name)} there, {now[name]} here" for name in differ)
-        raise datasets.DataError(f"{path}: is of another run: {told}")
+    state = models.read_file(path)
     method.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     print(f"resumed at step {state['step']} of {path}", flush=True)
     return state["step"], state["rows"]
-
-
-def claim(args):
-    """Make OUT this run's by a new OUT/args.json, which only one process can create; --resume finds it there."""
-    if RANK:
-        return
-    out = Path(args.out)
-    if not args.resume and any((out / name).exists() for name in ("args.json", "last.pt")):
-        raise datasets.DataError(f"{out}: holds a run: add --resume, or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "args.json", "w" if args.resume else "x") as file:
-        json.dump(vars(args), file, indent=1)
 
 
 def parse_args(argv=None):
@@ -329,11 +329,7 @@ def parse_args(argv=None):
     add("--adapt-from", type=float, default=0.25, help="share (0 to 1) of --steps before targets join")
     add("--no-teacher", action="store_true", help="no averaged teacher, pasting or strong colours")
     add("--no-projection", action="store_true", help="embeddings are average-pooled features")
-    add(
-        "--night-statistics",
-        choices=("target", "source"),
-        help="of M_n at the end (target; day-only: source)",
-    )
+    add("--night-statistics", choices=("target", "source"), help="which M_n ends with (see README)")
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="DIR", default="runs/ccdistill", help="where everything is written")
     add("--resume", action="store_true", help="go on from OUT/last.pt, or begin if there is none")
@@ -352,6 +348,8 @@ def parse_args(argv=None):
         shown = {"out": "runs/demo", "steps": 250, "batch_size": 4, "crop": [96, 192], "weights": "none"}
         parser.set_defaults(eval_every=250, **shown)
     args = parser.parse_args(argv)
+    if args.demo and (args.cityscapes or args.day_only or PROCESSES > 1):
+        parser.error("--demo draws its own data and trains day-only and the method on it, in one process")
     day_alone = args.day_only and args.night_statistics != "target"
     if not args.demo and not (args.cityscapes and (args.darkzurich or args.acdc or day_alone)):
         parser.error("give --cityscapes DIR, and --darkzurich DIR, --acdc DIR or --day-only; or --demo")
@@ -360,8 +358,9 @@ def parse_args(argv=None):
         parser.error("--night-statistics target needs norms of M_n's own: no --night-weights shared")
     of_source = args.day_only or args.no_teacher or shared
     args.night_statistics = args.night_statistics or ("source" if of_source else "target")
-    pairs = args.pairs if args.pairs in ("corresp", "none") else "csv"
-    args.data = [PROCESSES, pairs, "acdc" if args.acdc else "darkzurich", bool(args.synthetic_night)]
+    args.paired = args.pairs if args.pairs in ("corresp", "none") else "csv"
+    args.target, args.ready_made = "acdc" if args.acdc else "darkzurich", bool(args.synthetic_night)
+    args.processes = PROCESSES
     return args
 
 
