@@ -87,7 +87,8 @@ def style_distill(f_source_day, f_source_night, f_target_day, f_target_night, *,
 def segmentation_loss(logits, labels, weights=None, ignore_index=255):
     """Cross-entropy of logits (B, K, H, W) and labels (B, H, W) int64, each pixel's times its weight
     (B, H, W) if given; mean over the pixels that are not `ignore_index`, 0 (not nan) if there is none."""
-    check_shapes(3, logits=logits[:, 0], labels=labels, weights=labels if weights is None else weights)
+    weighted = {} if weights is None else {"weights": weights}
+    check_shapes(3, logits=logits[:, 0], labels=labels, **weighted)
     loss = F.cross_entropy(full(logits), labels, ignore_index=ignore_index, reduction="none")
     loss = loss if weights is None else loss * weights
     return loss.sum() / (labels != ignore_index).sum().clamp(min=1)
