@@ -120,8 +120,8 @@ class CCDistill(nn.Module):
         p_td, p_tn = teacher["day"](t_d)[1], teacher["night"](t_n)[1]
         c_td, y_td = most_probable(p_td)
         c_tn, y_tn = most_probable(p_tn, p_td if self.target_paired else None, self.num_static)
-        confident = ((c >= self.pseudo_threshold).float() for c in (c_td, c_tn))
-        w_td, w_tn = (c.mean((1, 2), keepdim=True).expand_as(c) for c in confident)
+        confident = [(c >= self.pseudo_threshold).float() for c in (c_td, c_tn)]
+        w_td, w_tn = [share.mean((1, 2), keepdim=True).expand_as(share) for share in confident]
         paste = half_of_the_classes(label)
         y_tn, w_tn = torch.where(paste, label, y_tn), torch.where(paste, 1.0, w_tn)
         with torch.autocast(t_n.device.type, enabled=False):
@@ -168,7 +168,8 @@ def half_of_the_classes(label):
     """(B, H, W) bool: the pixels of half (rounded up) of the classes that each label (B, H, W) holds."""
     there = torch.zeros(len(label), 256, device=label.device).scatter_(1, label.flatten(1), 1.0)
     there[:, 255] = 0
-    rank = ((1 + torch.rand_like(there)) * there).argsort(1, descending=True).argsort(1)
+    order = ((1 + torch.rand_like(there)) * there).argsort(1, descending=True)  # at random, absent ones last
+    rank = order.argsort(1)
     chosen = rank < (there.sum(1, keepdim=True) + 1) // 2
     return chosen.gather(1, label.flatten(1)).view_as(label)
 
