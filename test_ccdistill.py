@@ -315,6 +315,7 @@ def test_each_domain_has_statistics_of_its_own_the_sources_are_kept_and_at_the_e
     for name, (source, *normed) in seen.items():
         close(torch.stack(normed[::2]), torch.zeros(2, 6), 1e-5)  # source and target, each by itself
         close((norm := getattr(method, name).body[1]).running_mean, 0.1 * source, 1e-5)
+        assert norm.num_batches_tracked == 1  # which a momentum of None divides by
     method.day.classifier.register_forward_pre_hook(lambda *_: 1 / 0 if not norm.momentum else None)
     fails(ZeroDivisionError, "zero", method, toy_batch())  # in the target's call
     assert method.day.body[1].momentum == method.night.body[5].momentum == 0.1
