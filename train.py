@@ -329,7 +329,7 @@ def parse_args(argv=None):
     add("--adapt-from", type=float, default=0.25, help="share (0 to 1) of --steps before targets join")
     add("--no-teacher", action="store_true", help="no averaged teacher, pasting or strong colours")
     add("--no-projection", action="store_true", help="embeddings are average-pooled features")
-    add("--night-statistics", choices=("target", "source"), help="which M_n ends with (see README)")
+    add("--night-statistics", choices=("target", "source"), help="of batch norms at M_n's end")
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="DIR", default="runs/ccdistill", help="where everything is written")
     add("--resume", action="store_true", help="go on from OUT/last.pt, or begin if there is none")
@@ -352,7 +352,8 @@ def parse_args(argv=None):
         parser.error("--demo draws its own data and trains day-only and the method on it, in one process")
     day_alone = args.day_only and args.night_statistics != "target"
     if not args.demo and not (args.cityscapes and (args.darkzurich or args.acdc or day_alone)):
-        parser.error("give --cityscapes DIR, and --darkzurich DIR, --acdc DIR or --day-only; or --demo")
+        what = "--darkzurich DIR, --acdc DIR or --day-only (which needs nights for their statistics)"
+        parser.error(f"give --cityscapes DIR, and {what}; or --demo")
     shared = args.night_weights == "shared"
     if args.night_statistics == "target" and shared:
         parser.error("--night-statistics target needs norms of M_n's own: no --night-weights shared")
