@@ -123,7 +123,7 @@ class CCDistill(nn.Module):
         confident = [(c >= self.pseudo_threshold).float() for c in (c_td, c_tn)]
         w_td, w_tn = [share.mean((1, 2), keepdim=True).expand_as(share) for share in confident]
         paste = half_of_the_classes(label)
-        y_tn, w_tn = torch.where(paste, label, y_tn), torch.where(paste, 1.0, w_tn)
+        y_tn, w_tn = torch.where(paste, label, y_tn), w_tn.masked_fill(paste, 1.0)
         with torch.autocast(t_n.device.type, enabled=False):
             t_d, t_n = STRONG(t_d), STRONG(torch.where(paste[:, None], s_n, t_n))
         return t_d, t_n, y_td, y_tn, w_td, w_tn
@@ -143,9 +143,9 @@ def check_images(**images):
     [0, 1]."""
     check_shapes(4, **images)
     for name, x in images.items():
-        low, high = x.aminmax() if x.device.type == "cpu" else (0, 1)
+        low, high = (limit.item() for limit in x.aminmax()) if x.device.type == "cpu" else (0, 1)
         if x.shape[1] != 3 or not x.is_floating_point() or not 0 <= low <= high <= 1:
-            got = f"{tuple(x.shape)} {x.dtype}, {float(low):.3g} to {float(high):.3g}"
+            got = f"{tuple(x.shape)} {x.dtype}, {low:.3g} to {high:.3g}"
             wanted = "expected float RGB (B, 3, H, W) in [0, 1], not normalised (uint8: divide by 255)"
             raise ValueError(f"{name}: {wanted}, got {got}")
 

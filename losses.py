@@ -23,8 +23,9 @@ def correlation(a, b):
     check_shapes(max(a.ndim, 2), a=a, b=b)
     rows = torch.cat([full(a), full(b)]).flatten(1)
     largest = rows.detach().abs().amax(1, keepdim=True)
-    unit = F.normalize(rows / largest.masked_fill(largest == 0, 1), dim=1)  # so that no square overflows
-    unit = unit * (largest > 0)
+    zero = largest == 0
+    unit = F.normalize(rows / largest.masked_fill(zero, 1), dim=1)  # so that no square overflows
+    unit = unit.masked_fill(zero, 0)
     with torch.autocast(unit.device.type, enabled=False):
         return unit @ unit.T
 
@@ -43,8 +44,8 @@ def js_divergence(p, q):
     check_shapes(2, p=p, q=q)
     log_p, log_q = full(p).log_softmax(1), full(q).log_softmax(1)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-    kl_p, kl_q = (F.kl_div(log_m, x, reduction="batchmean", log_target=True) for x in (log_p, log_q))
-    return ((kl_p + kl_q) / 2).clamp(0, math.log(2))  # rounding can step outside by 1e-8
+    kl_p, kl_q = (F.kl_div(log_m, x, reduction="sum", log_target=True) for x in (log_p, log_q))
+    return ((kl_p + kl_q) / (2 * len(p))).clamp(0, math.log(2))  # rounding can step outside by 1e-8
 
 
 def content_terms(e_source_day, e_source_night, e_target_day, e_target_night, *, target_paired=True):
@@ -87,8 +88,7 @@ def style_distill(f_source_day, f_source_night, f_target_day, f_target_night, *,
 def segmentation_loss(logits, labels, weights=None, ignore_index=255):
     """Cross-entropy of logits (B, K, H, W) and labels (B, H, W) int64, each pixel's times its weight
     (B, H, W) if given; mean over the pixels that are not `ignore_index`, 0 (not nan) if there is none."""
-    weighted = {} if weights is None else {"weights": weights}
-    check_shapes(3, logits=logits[:, 0], labels=labels, **weighted)
+    check_shapes(3, logits=logits[:, 0], labels=labels, **({} if weights is None else {"weights": weights}))
     loss = F.cross_entropy(full(logits), labels, ignore_index=ignore_index, reduction="none")
     loss = loss if weights is None else loss * weights
     return loss.sum() / (labels != ignore_index).sum().clamp(min=1)
@@ -133,8 +133,8 @@ def graph_mse(source, target, paired=True):
     """Mean squared difference of two graphs (2B, 2B); unpaired: without the entries of i with B + i."""
     if paired:
         return F.mse_loss(source, target)
-    kept = 1 - torch.eye(len(source), device=source.device).roll(len(source) // 2, 0)
-    return ((source - target).square() * kept).sum() / kept.sum()
+    size, pairs = len(source), torch.eye(len(source), dtype=torch.bool, device=source.device)
+    return (source - target).square().masked_fill(pairs.roll(size // 2, 0), 0).sum() / (size**2 - size)
 
 
 def full(x):

@@ -84,9 +84,9 @@ class PooledNorm(nn.BatchNorm2d):
             if self.momentum is not None:
                 self.running_var.lerp_((from_old_mean * (values - self.running_mean)).mean(0), share)
         # Copies: a later call must not change what backward needs.
-        mean, var = self.running_mean.clone(), self.running_var.clone()
-        if self.training and len(x) > 1:
-            x, mean = x - x.mean(0, keepdim=True), torch.zeros_like(mean)
+        several, var = self.training and len(x) > 1, self.running_var.clone()
+        mean = torch.zeros_like(var) if several else self.running_mean.clone()
+        x = x - x.mean(0, keepdim=True) if several else x
         return F.batch_norm(x, mean, var, self.weight, self.bias, eps=self.eps)
 
 
