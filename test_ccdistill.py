@@ -936,8 +936,8 @@ def test_compiled_networks_compute_the_same_and_resume(city, tmp_path, monkeypat
     seen, real = [], nn.Module.compile  # without the minute that generating code takes, but in the long count
     other = {} if FULL and shutil.which("c++") else {"backend": "aot_eager"}
     monkeypatch.setattr(nn.Module, "compile", lambda m, **how: seen.append(m) or real(m, **(other or how)))
-    eager, fast = (trained(city, tmp_path / f"{n}", "--steps", 3, *["--compile"] * n)[-1] for n in (0, 1))
-    assert len(seen) == 4 and float(eager["total"]) == pytest.approx(float(fast["total"]), rel=1e-5)
+    eager, fast = (trained(city, tmp_path / f"{n}", "--steps", 3, *["--compile"] * n) for n in (0, 1))
+    assert len(seen) == 4 and float(eager[0]["total"]) == pytest.approx(float(fast[0]["total"]), rel=1e-5)
     trained(city, tmp_path / "1", "--steps", 3, "--resume")  # without it, which is the machine's
 
 
