@@ -85,7 +85,7 @@ class CCDistill(nn.Module):
         else:
             f_sd, p_sd = self.day(s_d)
             f_sn, p_sn = self.night(s_n)
-            with statistics_kept(self.day, self.night):  # running ones are the source's alone
+            with momentum((self.day, self.night), 0.0):  # running statistics are the source's alone
                 f_td, p_td = self.day(t_d)
                 f_tn, p_tn = self.night(t_n)
         terms = {"seg_day": segmentation_loss(p_sd, y), "seg_night": segmentation_loss(p_sn, y)}
@@ -151,14 +151,16 @@ def check_images(**images):
 
 
 @contextlib.contextmanager
-def statistics_kept(*networks):
-    """Inside, norms in training mode use their batch's statistics as ever, but keep their running ones."""
+def momentum(networks, value):
+    """Inside, running statistics of the networks' norms move with this momentum (0: not at all, no call is
+    counted; None: as a plain average over batches, begun anew). Yields the norms."""
     norms = [m for network in networks for m in network.modules() if isinstance(m, BATCH_NORM)]
+    norms = [norm for norm in norms if norm.track_running_stats]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     try:
-        for norm in norms:
-            norm.momentum, norm.num_batches_tracked = 0.0, None
-        yield
+        for norm, (_, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = value, None if value == 0 else torch.zeros_like(count)
+        yield norms
     finally:
         for norm, its_own in zip(norms, before, strict=True):
             norm.momentum, norm.num_batches_tracked = its_own
@@ -191,18 +193,15 @@ def take_night_statistics(network, nights):
     """Give M_n's batch norms the statistics of real target nights when training has ended (ours; AdaBN, Li et
     al., 2017): in training they were those of S_n. nights: batches (B, 3, H, W) of T_n in [0, 1], of any
     size, each counted alike; ValueError without one. The network is in eval mode afterwards."""
-    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    norms = [norm for norm in norms if norm.track_running_stats]
-    momenta, images = [norm.momentum for norm in norms], None
     network.eval()
-    for norm in norms:
-        norm.train().num_batches_tracked.zero_()
-        norm.momentum = None  # a plain average over batches, in which the first one counts whole
-    for images in nights:
-        check_images(nights=images)
-        network(images)
-    for norm, its_own in zip(norms, momenta, strict=True):
-        norm.eval().momentum = its_own
+    images = None
+    with momentum([network], None) as norms:
+        for norm in norms:
+            norm.train(isinstance(norm, nn.modules.batchnorm._BatchNorm))
+        for images in nights:
+            check_images(nights=images)
+            network(images)
+    network.eval()
     if images is None:
         raise ValueError("nights: no batch to take statistics of")
 

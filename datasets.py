@@ -58,10 +58,10 @@ class DataError(ValueError):
     """A file is missing, unreadable or not what its name promises."""
 
 
-def samples(layout, root, split="val", must_exist=True):
+def samples(layout, root, split="val"):
     """[Sample] of paths of a split; label is None where the data set has no labels for it."""
     folder, ending, label_folder, middle = LAYOUTS[layout]
-    images, labels = find(root, folder.format(split), ending, must_exist), {}
+    images, labels = find(root, folder.format(split), ending), {}
     for kind in ("labelIds", "labelTrainIds"):
         labels = labels or find(root, label_folder.format(split), f"{middle}{kind}.png", must_exist=False)
     if alone := sorted(labels and images.keys() ^ labels.keys()):
@@ -94,7 +94,7 @@ def read_pairs(table, days, nights):
         pair = days.get(day.removeprefix("train/day/")), nights.get(night.removeprefix("train/night/"))
         if line.strip() and None in pair:
             raise DataError(
-                f"{table}: line {number} is not train/night/STEM,train/day/STEM of two files: {line[:99]}"
+                f"{table}: line {number} is not train/night/STEM,train/day/STEM of two files: {line[:99]!r}"
             )
         pairs += [pair] if line.strip() else []
     if not pairs:
@@ -135,7 +135,7 @@ def find(root, name, ending, must_exist=True):
     folders = [root / name] if (root / name).is_dir() else sorted(root.glob(f"[!._]*/{name}"))
     if len(folders) > 1:
         raise DataError(f"{root}: {name} is there more than once: {folders[0]}, {folders[1]}")
-    if not folders and (must_exist or not root.is_dir()):
+    if not folders and must_exist:
         above = next(path for path in (root / name).absolute().parents if path.is_dir())
         raise DataError(f"{root / name}: no such folder ({above} holds {sorted(os.listdir(above))[:9]})")
 

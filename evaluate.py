@@ -166,12 +166,16 @@ def submission(path, layout, samples):
             pictures[kind].save(png := io.BytesIO(), format="PNG")
             archive.writestr(entry, png.getvalue())
 
-    with zipfile.ZipFile(f"{path}.tmp", "w") as archive:
-        yield add
-        if odd := sorted({*archive.namelist()} ^ {*wanted}):
-            raise datasets.DataError(f"{path}: entries and images differ: {odd[:3]}")
-    os.replace(f"{path}.tmp", path)
-    print(f"{path}: {len(wanted)} entries, as the images are named", flush=True)
+    aside = Path(f"{path}.tmp")
+    try:
+        with zipfile.ZipFile(aside, "w") as archive:
+            yield add
+            if odd := sorted({*archive.namelist()} ^ {*wanted}):
+                raise datasets.DataError(f"{path}: entries and images differ: {odd[:3]}")
+        aside.replace(path)
+        print(f"{path}: {len(wanted)} entries, as the images are named", flush=True)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def parse_args(argv=None):

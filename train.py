@@ -201,9 +201,10 @@ def load_data(args):
         _, nights = datasets.targets(layout, root, "none")
     if args.synthetic_night:
         synthetic = datasets.synthetic_nights(args.synthetic_night, source)
-    if root:
-        found = datasets.samples(layout, root, "val", must_exist=False)
-        validation = [sample for sample in found if sample.label]
+    val = datasets.LAYOUTS[layout][0].format("val")
+    # With --day-only nothing else has looked for root; listdir says so if it is not there.
+    if root and os.listdir(root) and datasets.find(root, val, ".png", must_exist=False):
+        validation = [sample for sample in datasets.samples(layout, root, "val") if sample.label]
     print(f"{len(source)} labelled days, {len(days)} target days and {len(nights)} nights ({args.pairs}), "
           f"{len(validation)} labelled nights to validate", flush=True)  # fmt: skip
     for labelled in (source, validation):
@@ -255,11 +256,13 @@ def save(method, optimizer, rows, args, tiles=None):
 
 def replace(state, path):
     """Write a torch file beside `path`, which then takes its place: `path` never holds half of it."""
+    aside = Path(f"{path}.tmp")
     torch.save(state, buffer := io.BytesIO())  # on a full disk torch itself names no reason
     try:
-        (aside := Path(f"{path}.tmp")).write_bytes(buffer.getbuffer())
+        aside.write_bytes(buffer.getbuffer())
         aside.replace(path)
     except OSError as error:
+        aside.unlink(missing_ok=True)
         raise OSError(f"{path}: not written ({error.strerror}); what it held is still whole") from None
 
 
@@ -271,16 +274,20 @@ FREE |= {"cityscapes", "darkzurich", "acdc", "synthetic_night", "pairs"}
 def claim(args):
     """Make OUT this run's by a new OUT/args.json, which only one process can create. With --resume it may be
     there, of the same arguments."""
-    out, path, now = Path(args.out), Path(args.out, "args.json"), vars(args)
-    if not args.resume and any((out / name).exists() for name in ("args.json", "last.pt", "night.pt")):
-        raise datasets.DataError(f"{out}: holds a run: add --resume, or choose another --out")
-    if path.exists() and (text := path.read_text()):  # empty where a start was killed
+    path, now = Path(args.out, "args.json"), vars(args)
+    if args.resume and path.exists() and (text := path.read_text()):
         then = json.loads(text)
         if differ := [name for name in now if name not in FREE and then.get(name) != now[name]]:
             told = ", ".join(f"{name} {then.get(name)} there, {now[name]} here" for name in differ)
             raise datasets.DataError(f"{path}: is of another run: {told}")
-    out.mkdir(parents=True, exist_ok=True)
-    with open(path, "w" if args.resume else "x") as file:
+        return
+    names = ("args.json", "last.pt", "night.pt", "log.csv")
+    held = [name for name in names if Path(args.out, name).exists()]
+    if held and not (args.resume and held == ["args.json"]):  # an empty one is of a start that was killed
+        way_out = "choose another --out" if args.resume else "add --resume, or choose another --out"
+        raise datasets.DataError(f"{args.out}: holds {held[0]}: {way_out}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w" if held else "x") as file:
         json.dump(now, file, indent=1)
 
 
