@@ -104,13 +104,8 @@ def exchange(losses, method, stopping):
 
 
 def report(row, rate, args):
-    """Print the progress line. rate: steps a second. Memory is the GPU's peak, else this process's."""
+    """Print the progress line. rate: steps a second. Memory is the GPU's, at its peak."""
     step, memory = row["step"], torch.cuda.max_memory_allocated() / 2**20
-    if not memory and os.name == "posix":
-        import resource
-
-        unit = 20 if sys.platform == "darwin" else 10
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**unit
     domains = 1 if args.day_only else 4 if step > args.adapt_from * args.steps else 2
     speed = f"{rate:.2f} steps/s  {rate * domains * args.batch_size * PROCESSES:.1f} images/s"
     terms = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
