@@ -1,11 +1,6 @@
 """CCDistill (Gao, Guo, Wang, Zhang, CVPR 2022, arXiv 2205.00858): the framework figure, in code order.
 
-    method = CCDistill(DeepLab("resnet18", weights="imagenet"))
-    losses = method({"source_day": ..., "source_label": ..., "target_day": ..., "target_night": ...})
-    losses["total"].backward()
-    features, logits = method.night.eval()(images)      M_n, the network that is used at test time
-
-Domains: source_day (S_d), source_night (S_n), target_day (T_d), target_night (T_n).
+Domains: source_day (S_d), source_night (S_n), target_day (T_d), target_night (T_n). At test time M_n is used.
 """
 
 import contextlib
@@ -22,11 +17,9 @@ from models import ProjectionHead
 
 NIGHT_STYLES = ("random", "color", "histogram", "fda")
 NIGHT_WEIGHTS = ("norm", "shared", "separate")
-BATCH_NORM = nn.modules.batchnorm._NormBase  # whatever keeps running statistics
-NORMS = (BATCH_NORM, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-STRONG = v2.Compose(
-    [v2.ColorJitter(0.4, 0.4, 0.4, 0.1), v2.RandomApply([v2.GaussianBlur(7, (0.15, 1.15))], p=0.5)]
-)
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+BLUR = v2.RandomApply([v2.GaussianBlur(7, (0.15, 1.15))], p=0.5)
+STRONG = v2.Compose([v2.ColorJitter(0.4, 0.4, 0.4, 0.1), BLUR])
 
 
 class CCDistill(nn.Module):
@@ -44,13 +37,10 @@ class CCDistill(nn.Module):
                  target_paired=True, teacher=True, num_static=None):  # fmt: skip
         super().__init__()
         self.day, self.night = model, night_model(model, night_weights)
-        self.projection = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        if projection and content_weight:
-            self.projection = ProjectionHead(model.feature_channels)
-        self.teacher = None
-        if teacher and pseudo_weight:
-            self.teacher = copy.deepcopy(nn.ModuleDict({"day": self.day, "night": self.night}))
-            self.teacher.requires_grad_(False)
+        pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.projection = ProjectionHead(model.feature_channels) if projection and content_weight else pool
+        networks = nn.ModuleDict({"day": self.day, "night": self.night})
+        self.teacher = copy.deepcopy(networks).requires_grad_(False) if teacher and pseudo_weight else None
         self.joint, self.style, self.target_paired = joint, night_style, target_paired
         self.content_weight, self.style_weight, self.js_weight = content_weight, style_weight, js_weight
         self.pseudo_weight, self.pseudo_threshold = pseudo_weight, pseudo_threshold
@@ -139,23 +129,20 @@ class CCDistill(nn.Module):
 
 
 def check_images(**images):
-    """Raise ValueError unless all are float (B, 3, H, W) of one shape and, on a CPU (a GPU would stall), in
-    [0, 1]."""
+    """ValueError unless all are float (B, 3, H, W) of one shape, in [0, 1] (on a CPU: a GPU would stall)."""
     check_shapes(4, **images)
     for name, x in images.items():
         low, high = (limit.item() for limit in x.aminmax()) if x.device.type == "cpu" else (0, 1)
         if x.shape[1] != 3 or not x.is_floating_point() or not 0 <= low <= high <= 1:
-            got = f"{tuple(x.shape)} {x.dtype}, {low:.3g} to {high:.3g}"
             wanted = "expected float RGB (B, 3, H, W) in [0, 1], not normalised (uint8: divide by 255)"
-            raise ValueError(f"{name}: {wanted}, got {got}")
+            raise ValueError(f"{name}: {wanted}, got {tuple(x.shape)} {x.dtype}, {low:.3g} to {high:.3g}")
 
 
 @contextlib.contextmanager
 def momentum(networks, value):
     """Inside, running statistics of the networks' norms move with this momentum (0: not at all, no call is
     counted; None: as a plain average over batches, begun anew). Yields the norms."""
-    norms = [m for network in networks for m in network.modules() if isinstance(m, BATCH_NORM)]
-    norms = [norm for norm in norms if norm.track_running_stats]
+    norms = [m for m in nn.ModuleList(networks).modules() if getattr(m, "track_running_stats", False)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     try:
         for norm, (_, count) in zip(norms, before, strict=True):
@@ -171,8 +158,7 @@ def half_of_the_classes(label):
     there = torch.zeros(len(label), 256, device=label.device).scatter_(1, label.flatten(1), 1.0)
     there[:, 255] = 0
     order = ((1 + torch.rand_like(there)) * there).argsort(1, descending=True)  # at random, absent ones last
-    rank = order.argsort(1)
-    chosen = rank < (there.sum(1, keepdim=True) + 1) // 2
+    chosen = order.argsort(1) < (there.sum(1, keepdim=True) + 1) // 2  # by rank
     return chosen.gather(1, label.flatten(1)).view_as(label)
 
 

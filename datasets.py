@@ -1,10 +1,6 @@
 """Files in, tensors out: Cityscapes, Dark Zurich, ACDC, Nighttime Driving, and a demo city drawn in the same
 layouts. Knows no model.
 
-    source = samples("cityscapes", root, "train")              [Sample(image, label)], paths
-    days, nights = targets("darkzurich", root)                 paths, element i of both shows one place
-    stream = FourDomains(source, days, nights, crop=(512, 512), length=1000)     a torch Dataset
-
 Images are (3, H, W) uint8 RGB, labels (H, W) uint8 trainIds with 255 = ignore. A bad file raises DataError,
 one line that names it. Names that begin with a dot are never data.
 """
@@ -36,14 +32,14 @@ CLASSES = (
 NAMES, LABEL_IDS, COLOURS = map(list, zip(*CLASSES, strict=True))
 PALETTE = torch.tensor(COLOURS + [(0, 0, 0)] * (256 - len(CLASSES)), dtype=torch.uint8)
 TO_TRAIN_ID = [LABEL_IDS.index(v) if v in LABEL_IDS else IGNORE for v in range(256)]  # of a labelId
+TO_LABEL_ID = LABEL_IDS + [0] * (256 - len(CLASSES))  # of a trainId
 # Where each data set keeps a split: images, how their names end, labels, how theirs go on (labelIds.png).
 LAYOUTS = {
     "cityscapes": ("leftImg8bit/{}", "_leftImg8bit.png", "gtFine/{}", "_gtFine_"),
     "darkzurich": ("rgb_anon/{}/night", "_rgb_anon.png", "gt/{}/night", "_gt_"),
     "acdc": ("rgb_anon/night/{}", "_rgb_anon.png", "gt/night/{}", "_gt_"),
-    "nighttime-driving": (
-        "leftImg8bit/{}/night", "_leftImg8bit.png", "gtCoarse_daytime_trainvaltest/{}/night", "_gtCoarse_",
-    ),
+    "nighttime-driving": ("leftImg8bit/{}/night", "_leftImg8bit.png",
+                          "gtCoarse_daytime_trainvaltest/{}/night", "_gtCoarse_"),
 }  # fmt: skip
 # Target days and nights for training, and how the days' names end.
 TARGETS = {
@@ -93,9 +89,8 @@ def read_pairs(table, days, nights):
         night, _, day = (stem.strip() for stem in line.partition(","))
         pair = days.get(day.removeprefix("train/day/")), nights.get(night.removeprefix("train/night/"))
         if line.strip() and None in pair:
-            raise DataError(
-                f"{table}: line {number} is not train/night/STEM,train/day/STEM of two files: {line[:99]!r}"
-            )
+            wanted = "train/night/STEM,train/day/STEM of two files"
+            raise DataError(f"{table}: line {number} is not {wanted}: {line[:99]!r}")
         pairs += [pair] if line.strip() else []
     if not pairs:
         raise DataError(f"{table}: no pair in it")
@@ -245,16 +240,14 @@ def random_crop(size, crop, scale, rng):
 def ahead(load, items, workers):
     """Yield load(item) of each item, in order, by threads that are `workers` items ahead: Pillow decodes side
     by side in threads, which need no shared memory and raise an item's own exception."""
-    pool, waiting = concurrent.futures.ThreadPoolExecutor(max(1, workers)), collections.deque()
-    try:
+    with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
+        waiting = collections.deque()
         for item in items:
             waiting.append(pool.submit(load, item))
             if len(waiting) > workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def load(sample):
@@ -288,8 +281,7 @@ def open_image(path):
 def open_label(path):
     """Decoded label as a Pillow image of trainIds; its name says whether it stores labelIds or trainIds."""
     image = decoded(path)
-    with open(path, "rb") as file:
-        depth = file.read(25)[-1]  # where a PNG says it; Pillow spreads 4-bit greys over 0 to 255
+    depth = Path(path).read_bytes()[24]  # where a PNG says it; Pillow spreads 4-bit greys over 0 to 255
     if image.format != "PNG" or image.mode not in ("L", "P") or (image.mode == "L" and depth != 8):
         found = f"{image.format}, mode {image.mode}" + (f", {depth} bits" if image.format == "PNG" else "")
         raise DataError(f"{path}: expected an 8-bit single-channel PNG, found {found}")
@@ -335,28 +327,26 @@ def make_demo_city(root, train=160, val=24):
     """Write the demo city: ROOT/cityscapes (labelled source days) and ROOT/darkzurich (unlabelled target days
     and nights, a true list of pairs, labelled val nights), in the real layouts. Always the same pixels."""
 
-    def save(picture, name):
+    def at(name):
         Path(root, name).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(Path(root, name))
+        return Path(root, name)
 
     pairs = ""
     for split, n in [("train", n) for n in range(train)] + [("val", n) for n in range(val)]:
         image, label = draw_street("source", f"{split} {n}", "day")
         name = f"{split}/demo/demo_{n:06d}_000000"
-        save(image, f"cityscapes/leftImg8bit/{name}_leftImg8bit.png")
-        label = label.point(LABEL_IDS + [0] * (256 - len(CLASSES)))
-        save(label, f"cityscapes/gtFine/{name}_gtFine_labelIds.png")
+        image.save(at(f"cityscapes/leftImg8bit/{name}_leftImg8bit.png"))
+        label.point(TO_LABEL_ID).save(at(f"cityscapes/gtFine/{name}_gtFine_labelIds.png"))
         day, night = (f"{split}/{x}/DEMO_{x}/DEMO_{x}_frame_{n:06d}" for x in ("day", "night"))
-        save(draw_street("target", f"{split} {n}", "day")[0], f"darkzurich/rgb_anon/{day}_rgb_anon.png")
+        draw_street("target", f"{split} {n}", "day")[0].save(at(f"darkzurich/rgb_anon/{day}_rgb_anon.png"))
         image, label = draw_street("target", f"{split} {n}", "night")
-        save(image, f"darkzurich/rgb_anon/{night}_rgb_anon.png")
+        image.save(at(f"darkzurich/rgb_anon/{night}_rgb_anon.png"))
         if split == "train":
             pairs += f"{night},{day}\n"
         else:
-            save(label, f"darkzurich/gt/{night}_gt_labelTrainIds.png")
-    table = Path(root, "darkzurich/corresp/train/night/DEMO_night/DEMO_night_ref_day.csv")
-    table.parent.mkdir(parents=True, exist_ok=True)  # the last thing to be written: the city is whole
-    table.write_text(pairs)
+            label.save(at(f"darkzurich/gt/{night}_gt_labelTrainIds.png"))
+    # The last thing to be written: the city is whole.
+    at("darkzurich/corresp/train/night/DEMO_night/DEMO_night_ref_day.csv").write_text(pairs)
 
 
 def draw_street(city, place, light):

@@ -27,22 +27,31 @@ from torchvision.utils import make_grid
 import datasets
 import models
 
-LABEL_IDS = torch.tensor(datasets.LABEL_IDS, dtype=torch.uint8)
 SIZES = {"darkzurich": (1920, 1080), "cityscapes": (2048, 1024)}  # what the test servers want
 MEANS = ("miou", "miou_present", "pixel_accuracy")
 
 
-def evaluate(model, samples, device, workers=1, each=None, **views):
-    """Scores of a model on [Sample]. each(item, prediction, confidence) is called for every image. views: see
-    `predictions`."""
+@torch.no_grad()
+def evaluate(model, samples, device, workers=1, each=None, scales=(1.0,), flip=False):
+    """Scores of a model on [Sample]; scales, flip: see `probabilities`. For every image it calls each(item of
+    datasets.load, prediction (H, W) int64, confidence (H, W)). The model's modules keep their modes."""
     classes = len(datasets.NAMES)
     counts = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-    with contextlib.closing(predictions(model, samples, device, workers, **views)) as stream:
-        for item, prediction, confidence in stream:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for item in datasets.ahead(datasets.load, samples, workers):
+            images = item["image"][None].to(device) / 255
+            confidence, prediction = probabilities(model, images, scales, flip)[0].max(0)
+            if confidence.isnan().any():
+                raise models.WeightsError(f"{item['name']}: the network puts out nan")
             if "label" in item:
                 counts += count(item["label"], prediction, classes)
             if each:
                 each(item, prediction, confidence)
+    finally:
+        for module, training in modes:
+            module.training = training
     return scores(counts)
 
 
@@ -71,27 +80,8 @@ def scores(matrix):
 def table(*results):
     """Scores as aligned text, a column each."""
     columns = [result["iou"] | {name: result[name] for name in MEANS} for result in results]
-    rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
-    lines = [f"{name:14}" + "".join(f"{value:11.1f}" for value in values) for name, *values in rows]
+    lines = [name.ljust(14) + "".join(f"{column[name]:11.1f}" for column in columns) for name in columns[0]]
     return "\n".join(lines).replace("nan", "n/a")
-
-
-@torch.no_grad()
-def predictions(model, samples, device, workers=1, scales=(1.0,), flip=False):
-    """Yield (item of datasets.load, prediction (H, W) int64, confidence (H, W)), the last two on the device,
-    one image at a time. scales, flip: softmax averaged over resized and mirrored images."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        for item in datasets.ahead(datasets.load, samples, workers):
-            images = item["image"][None].to(device) / 255
-            confidence, prediction = probabilities(model, images, scales, flip)[0].max(0)
-            if confidence.isnan().any():
-                raise models.WeightsError(f"{item['name']}: the network puts out nan")
-            yield item, prediction, confidence
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def probabilities(model, images, scales=(1.0,), flip=False):
@@ -123,11 +113,11 @@ def load_model(path, which="night", device="cpu"):
 
 def drawn(image, prediction, confidence):
     """{kind: Pillow image, at the image's own size} of what --out and --submit write."""
-    prediction, levels = prediction.cpu(), (confidence.cpu().double() * 65535).round()
+    ids, levels = TF.to_pil_image(prediction.byte().cpu()), (confidence.cpu().double() * 65535).round()
     colours = TF.to_pil_image(datasets.colourise(prediction))
     return {
-        "labelTrainIds": TF.to_pil_image(prediction.to(torch.uint8)),
-        "labelIds": TF.to_pil_image(LABEL_IDS[prediction]),
+        "labelTrainIds": ids,
+        "labelIds": ids.point(datasets.TO_LABEL_ID),
         "color": colours,
         "overlay": Image.blend(TF.to_pil_image(image), colours, 0.5),
         "confidence": TF.to_pil_image(levels.to(torch.uint16).view(torch.int16)),

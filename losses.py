@@ -1,8 +1,6 @@
 """The equations of CCDistill (Gao, Guo, Wang, Zhang, CVPR 2022, arXiv 2205.00858). Needs torch alone: copy
 this file into your own code.
 
-    from losses import content_distill, style_distill
-
 Domains come in one order: source_day (S_d), source_night (S_n), target_day (T_d), target_night (T_n). The
 graphs follow the paper's framework figure; the L2 norm, the means over all entries, the softmax inside the
 divergence and all weights are our reading. All is computed in at least float32, also under autocast. Shapes
@@ -22,10 +20,8 @@ def correlation(a, b):
     sample correlates 0 with everything, itself included, and gets zero gradient."""
     check_shapes(max(a.ndim, 2), a=a, b=b)
     rows = torch.cat([full(a), full(b)]).flatten(1)
-    largest = rows.detach().abs().amax(1, keepdim=True)
-    zero = largest == 0
-    unit = F.normalize(rows / largest.masked_fill(zero, 1), dim=1)  # so that no square overflows
-    unit = unit.masked_fill(zero, 0)
+    largest = rows.detach().abs().amax(1, keepdim=True)  # divided by it, no square overflows
+    unit = F.normalize(rows / largest.masked_fill(largest == 0, math.inf), dim=1)
     with torch.autocast(unit.device.type, enabled=False):
         return unit @ unit.T
 
@@ -39,8 +35,7 @@ def gram(features):
 
 
 def js_divergence(p, q):
-    """D: Jensen-Shannon divergence of softmax(p) and softmax(q), (B, D), sample i with sample i; a mean over
-    the batch, in [0, ln 2]."""
+    """D: the mean Jensen-Shannon divergence of softmax(p[i]) and softmax(q[i]), of (B, D), in [0, ln 2]."""
     check_shapes(2, p=p, q=q)
     log_p, log_q = full(p).log_softmax(1), full(q).log_softmax(1)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)

@@ -1,9 +1,4 @@
-"""The segmenter and the projection head, out of torchvision's parts:
-
-    features, logits = DeepLab("resnet101", output_stride=8, weights="imagenet")(images)
-
-Knows no losses and no data.
-"""
+"""The segmenter and the projection head, out of torchvision's parts. Knows no losses and no data."""
 
 import warnings
 from collections import OrderedDict
@@ -14,7 +9,7 @@ import torchvision
 from torch import nn
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")  # files hold their number: append new ones
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")  # a file holds their number: append new ones
 ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}  # DeepLab v3 (Chen et al., 2017), by output stride
 
 
@@ -34,13 +29,11 @@ class DeepLab(nn.Module):
         imagenet = "IMAGENET1K_V1" if weights == "imagenet" else None
         resnet = getattr(torchvision.models, backbone)(weights=imagenet)
         dilate([resnet.layer4] if output_stride == 16 else [resnet.layer3, resnet.layer4])
-        stages = list(resnet.named_children())[:-2]  # all but avgpool and fc
-        self.backbone = nn.Sequential(OrderedDict(stages))
+        self.backbone = nn.Sequential(OrderedDict(list(resnet.named_children())[:-2]))  # no avgpool, no fc
         head = DeepLabHead(resnet.fc.in_features, num_classes, ATROUS_RATES[output_stride])
         self.classifier = nn.Sequential(*head)  # ASPP, 3 x 3 convolution, norm, ReLU, classifier
         self.classifier[0].convs[-1][2] = PooledNorm(256)
-        architecture = [BACKBONES.index(backbone), output_stride]  # for who reads a file of these weights
-        self.register_buffer("architecture", torch.tensor(architecture))
+        self.register_buffer("architecture", torch.tensor([BACKBONES.index(backbone), output_stride]))
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
         if weights not in ("none", "imagenet"):
@@ -109,27 +102,25 @@ def load_weights(model, state, path):
     optional = "classifier." if bias is None else "none" if bias.shape == own.shape else "classifier.4."
     if optional == "classifier.4.":
         warnings.warn(f"{path}: its classifier, for another number of classes, is left out", stacklevel=3)
-    state = {k: v for k, v in state.items() if not k.startswith((optional, "architecture"))}
+    kept = optional, "architecture"
+    state = {k: v for k, v in state.items() if not k.startswith(kept)}
+    state |= {k: v for k, v in model.state_dict().items() if k.startswith(kept)}
     try:
-        missing, unknown = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # which names what is missing, unknown or of another shape
         raise WeightsError(f"{path}: does not fit ({' '.join(str(error).split())[:200]})") from None
-    missing = [k for k in missing if not k.startswith((optional, "architecture")) and "num_batches" not in k]
-    if missing or unknown:
-        raise WeightsError(f"{path}: does not fit: it lacks {missing[:2]}, {unknown[:2]} are not known here")
 
 
 def weights_in(content, path, which="night"):
     """The state dict in a file's content, in DeepLab's names: of night.pt, of last.pt (`which`: its M_n or
     M_d), of torchvision's ResNets and `deeplabv3_*`, also as {"model": ...} or {"state_dict": ...}."""
     state = content.get("model", content.get("state_dict", content)) if isinstance(content, dict) else None
-    items = state.items() if isinstance(state, dict) else [(None, None)]
-    named = all(isinstance(key, str) and torch.is_tensor(value) for key, value in items)
-    if named and (which == "day" or any(key.startswith("night.") for key in state)):  # as last.pt has it
+    items = state.items() if isinstance(state, dict) else ()
+    state = {k.removeprefix("module."): v for k, v in items if isinstance(k, str) and torch.is_tensor(v)}
+    if which == "day" or any(key.startswith("night.") for key in state):  # as last.pt has it
         state = {k.removeprefix(f"{which}."): v for k, v in state.items() if k.startswith(f"{which}.")}
-    if not named or not state:
+    if not state:
         raise WeightsError(f"{path}: holds no state dict" + (" of M_d" if which == "day" else ""))
-    state = {key.removeprefix("module."): value for key, value in state.items()}
     state = {k: v for k, v in state.items() if not k.startswith(("aux_classifier.", "fc."))}
     return {f"backbone.{key}": value for key, value in state.items()} if "conv1.weight" in state else state
 

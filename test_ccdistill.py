@@ -95,24 +95,21 @@ def slow_correlation(a, b):
 def slow_gram(f):
     batch, channels, height, width = f.shape
     out = torch.zeros(batch, channels, channels, dtype=f.dtype)
-    for n, i, j in product(range(batch), range(channels), range(channels)):
-        for y, x in product(range(height), range(width)):
-            out[n, i, j] += f[n, i, y, x] * f[n, j, y, x] / (height * width)
+    for n, i, j, y, x in product(*map(range, (batch, channels, channels, height, width))):
+        out[n, i, j] += f[n, i, y, x] * f[n, j, y, x] / (height * width)
     return out
 
 
 def slow_js(p, q):
     total = 0.0
-    for a, b in zip(p, q, strict=True):
-        for x, y in zip(a.exp() / a.exp().sum(), b.exp() / b.exp().sum(), strict=True):
-            m = (x + y) / 2
-            total += (x * math.log(x / m) + y * math.log(y / m)) / 2
+    for x, y in zip(p.softmax(1).flatten(), q.softmax(1).flatten(), strict=True):
+        m = (x + y) / 2
+        total += (x * math.log(x / m) + y * math.log(y / m)) / 2
     return total / len(p)
 
 
 def slow_distance(x, y, paired=True):  # over all entries; unpaired: but those of i with B + i
-    pairs = product(range(len(x)), repeat=2)
-    kept = [(i, j) for i, j in pairs if paired or abs(i - j) != len(x) // 2]
+    kept = [(i, j) for i, j in product(range(len(x)), repeat=2) if paired or abs(i - j) != len(x) // 2]
     return sum((x[i, j] - y[i, j]) ** 2 for i, j in kept) / len(kept)
 
 
@@ -210,9 +207,8 @@ def test_any_size_and_batch_trains_and_eval_mode_is_plain_batch_norm(batch):
     close(norm.running_mean, x[-60:].mean((0, 2, 3)), 0.3)  # those of the values, of one as of many
     close(norm.running_var, torch.full((5,), 9.0), 0.8)
     plain.load_state_dict(norm.state_dict())
-    last, mean, deviation = x[-batch:], norm.running_mean, norm.running_var.sqrt().view(5, 1, 1)
-    mean = last.mean(0) if batch > 1 else mean.view(5, 1, 1)
-    close(out[-batch:], (last - mean) / deviation, 1e-4)  # not 1 and -1
+    mean = x[-batch:].mean(0) if batch > 1 else norm.running_mean.view(5, 1, 1)
+    close(out[-batch:], (x[-batch:] - mean) / norm.running_var.sqrt().view(5, 1, 1), 1e-4)  # not 1 and -1
     close(norm.eval()(x), plain(x))
 
 
@@ -384,8 +380,8 @@ def test_total_is_the_weighted_sum_and_a_zero_weight_does_no_work(monkeypatch, t
     assert " ".join(v) == "seg_day seg_night pseudo content inherent illumination js style total"
     assert v["pseudo"] > 0 and v["style"] > 0
     close(v["content"], v["inherent"] + v["illumination"] + 0.7 * v["js"])
-    expected = v["seg_day"] + v["seg_night"] + 0.5 * v["pseudo"] + 2 * v["content"] + 3 * v["style"]
-    close(v["total"], expected, 1e-6)
+    total = v["seg_day"] + v["seg_night"] + 0.5 * v["pseudo"] + 2 * v["content"] + 3 * v["style"]
+    close(v["total"], total, 1e-6)
     for module, name in ((losses, "content_terms"), (losses, "style_distill"), (ccdistill, "pseudo_labels")):
         monkeypatch.setattr(module, name, None)  # whoever calls it, fails
     nothing = ccdistill.CCDistill(Own(), teacher=teacher, **dict.fromkeys(weights, 0))
@@ -923,10 +919,9 @@ def test_two_processes_are_one_training(city, tmp_path, ablation):
     args = train.parse_args(arguments(city, tmp_path / "hand", *more))
     (stream, *_), (method, _), sums = train.load_data(args), train.build(args), {}
     stream.length, start = 4, copy.deepcopy(method.train().state_dict())
-    for rank, batch in enumerate(torch.utils.data.DataLoader(stream, 2)):  # step 1 by hand, gradients add up
+    for rank, batch in enumerate(train.batches(stream, 0, args)):  # step 1 by hand, gradients add up
         method.load_state_dict(start)
         torch.manual_seed(random.Random(f"{args.seed} 1 {rank}").getrandbits(63))
-        batch = {k: v.long() if "label" in k else v / 255 for k, v in batch.items()}
         terms = method(batch, adapt=args.adapt_from == 0)
         terms["total"].div(2).backward()
         sums = {name: sums.get(name, 0) + term.item() / 2 for name, term in terms.items()}

@@ -72,7 +72,7 @@ def train(args):
 
         rows.append({"step": step, "lr": optimizer.param_groups[0]["lr"], **row})
         due = step % args.eval_every == 0 and step < args.steps
-        if due or stopping or step == args.steps:
+        if RANK == 0 and (due or stopping or step == args.steps):
             save(method, optimizer, rows, args)
         if step % args.log_every == 0 or step == args.steps:
             report(rows[-1], (step - told[0]) / (time.monotonic() - told[1]), args)
@@ -174,8 +174,7 @@ def build(args):
     )  # fmt: skip
     method = method.to(args.device, memory_format=torch.channels_last)
     if args.compile:  # on a GPU as CUDA graphs; on a CPU with eager's random numbers
-        cuda = args.device.startswith("cuda")
-        how = {"mode": "reduce-overhead"} if cuda else {"options": {"fallback_random": True}}
+        how = {"mode": "reduce-overhead"} if "cuda" in args.device else {"options": {"fallback_random": True}}
         for network in method.modules():  # and the teachers'
             if isinstance(network, models.DeepLab):
                 network.compile(**how)
@@ -188,14 +187,12 @@ def load_data(args):
     source = datasets.samples("cityscapes", args.cityscapes, "train")
     if not source[0].label:
         raise datasets.DataError(f"{args.cityscapes}: no gtFine/train with labels in it")
-    layout, root = ("acdc", args.acdc) if args.acdc else ("darkzurich", args.darkzurich)
-    days, nights, validation, synthetic = [], [], [], None
+    synthetic = args.synthetic_night and datasets.synthetic_nights(args.synthetic_night, source)
+    layout, root, days, nights, validation = args.target, args.acdc or args.darkzurich, [], [], []
     if not args.day_only:
         days, nights = datasets.targets(layout, root, args.pairs)
     elif args.night_statistics == "target":
         _, nights = datasets.targets(layout, root, "none")
-    if args.synthetic_night:
-        synthetic = datasets.synthetic_nights(args.synthetic_night, source)
     val = datasets.LAYOUTS[layout][0].format("val")
     # With --day-only nothing else has looked for root; listdir says so if it is not there.
     if root and os.listdir(root) and datasets.find(root, val, ".png", must_exist=False):
@@ -233,9 +230,7 @@ def batches(stream, start, args):
 
 
 def save(method, optimizer, rows, args, tiles=None):
-    """OUT/last.pt, OUT/log.csv and, of tiles, OUT/samples.png, by one process."""
-    if RANK:
-        return
+    """OUT/last.pt, OUT/log.csv and, of tiles, OUT/samples.png; one process calls it."""
     state = {"model": method.state_dict(), "optimizer": optimizer.state_dict(), "args": vars(args)}
     replace(state | {"rows": rows, "step": rows[-1]["step"]}, Path(args.out, "last.pt"))
     try:
@@ -354,8 +349,7 @@ def parse_args(argv=None):
         parser.error("--demo draws its own data and trains day-only and the method on it, in one process")
     day_alone = args.day_only and args.night_statistics != "target"
     if not args.demo and not (args.cityscapes and (args.darkzurich or args.acdc or day_alone)):
-        what = "--darkzurich DIR, --acdc DIR or --day-only (which needs nights for their statistics)"
-        parser.error(f"give --cityscapes DIR, and {what}; or --demo")
+        parser.error("give --cityscapes DIR and (but for plain --day-only) --darkzurich or --acdc; or --demo")
     shared = args.night_weights == "shared"
     if args.night_statistics == "target" and shared:
         parser.error("--night-statistics target needs norms of M_n's own: no --night-weights shared")
@@ -369,7 +363,7 @@ def parse_args(argv=None):
 
 def demo(args):
     """Draw the demo city, train day-only and CCDistill on it for as many steps, compare them at night."""
-    out, city, results, columns = Path(args.out), Path(args.out, "city"), [], []
+    out, city, outcomes = Path(args.out), Path(args.out, "city"), []
     args.cityscapes, args.darkzurich, args.resume = f"{city}/cityscapes", f"{city}/darkzurich", True
     if not any(city.glob("darkzurich/corresp/train/night/*/*.csv")):  # the last thing to be written
         print(f"drawing a city into {city}", flush=True)
@@ -378,12 +372,11 @@ def demo(args):
         print(f"\n{name}: {args.steps} steps", flush=True)
         run = argparse.Namespace(**vars(args) | {"out": str(out / name), "day_only": name == "day-only"})
         run.night_statistics = "source" if run.day_only else args.night_statistics
-        result, tiles = train(run)
-        results.append(result)
-        columns += [tiles[1::3]]
-    rows = zip(tiles[0::3], *columns, tiles[2::3], strict=True)
+        outcomes.append(train(run))
+    (day_only, tiles), (method, its_tiles) = outcomes
+    rows = zip(tiles[0::3], tiles[1::3], its_tiles[1::3], tiles[2::3], strict=True)
     grid([tile for row in rows for tile in row], 4).save(out / "comparison.png")
-    print(f"\n{'at night':14}   day-only  ccdistill\n{table(*results)}")
+    print(f"\n{'at night':14}   day-only  ccdistill\n{table(day_only, method)}")
     print(f"{out / 'comparison.png'}: night image, day-only, CCDistill, label")
 
 
@@ -408,10 +401,8 @@ def main(argv=None):
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
             signal.signal(number, on_signal)
-    if args.demo:
-        demo(args)
-    else:
-        train(args)
+    run = demo if args.demo else train
+    run(args)
     if PROCESSES > 1:
         distributed.destroy_process_group()
 
