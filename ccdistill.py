@@ -146,7 +146,8 @@ def momentum(networks, value):
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     try:
         for norm, (_, count) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = value, None if value == 0 else torch.zeros_like(count)
+            uncounted = value == 0 and not isinstance(norm, nn.SyncBatchNorm)  # which has to count
+            norm.momentum, norm.num_batches_tracked = value, None if uncounted else torch.zeros_like(count)
         yield norms
     finally:
         for norm, its_own in zip(norms, before, strict=True):

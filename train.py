@@ -86,7 +86,7 @@ def train(args):
     at_end = rows[-1]["step"] == args.steps and RANK == 0
     outcome = finish(method, optimizer, nights, validation, rows, args) if at_end else None
     if STOPPED:
-        print("stopped; the same command with --resume goes on", flush=True)
+        say("stopped; the same command with --resume goes on")
         sys.exit(128 + STOPPED[0])
     return outcome
 
@@ -103,6 +103,11 @@ def exchange(losses, method, stopping):
     return dict(zip([*losses, "gradient"], means, strict=True)), stops > 0
 
 
+def say(text):
+    with contextlib.suppress(OSError):  # a closed terminal or pipe ends no run
+        print(text, flush=True)
+
+
 def report(row, rate, args):
     """Print the progress line. rate: steps a second. Memory is the GPU's, at its peak."""
     step, memory = row["step"], torch.cuda.max_memory_allocated() / 2**20
@@ -110,8 +115,7 @@ def report(row, rate, args):
     speed = f"{rate:.2f} steps/s  {rate * domains * args.batch_size * PROCESSES:.1f} images/s"
     terms = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
     left = (args.steps - step) / rate / 60
-    with contextlib.suppress(OSError):  # a closed terminal or pipe ends no run unsaved
-        print(f"step {step}/{args.steps}  {left:.0f} min left  {speed}  {memory:.0f} MB  {terms}", flush=True)
+    say(f"step {step}/{args.steps}  {left:.0f} min left  {speed}  {memory:.0f} MB of GPU  {terms}")
 
 
 def validate(method, optimizer, validation, rows, args):
@@ -128,7 +132,7 @@ def validate(method, optimizer, validation, rows, args):
     with torch.compiler.set_stance("force_eager"):  # frames come in many sizes
         result = evaluate(method.night, validation, args.device, args.workers, each)
     rows[-1] |= {name: result[name] for name in MEANS}
-    print("at night:  " + "  ".join(f"{name} {result[name]:.1f}" for name in MEANS), flush=True)
+    say("at night:  " + "  ".join(f"{name} {result[name]:.1f}" for name in MEANS))
     save(method, optimizer, rows, args, tiles)
     return result, tiles
 
@@ -144,7 +148,7 @@ def finish(method, optimizer, nights, validation, rows, args):
         save(method, optimizer, rows, args)
     outcome = validate(method, optimizer, validation, rows, args)
     replace(method.night.state_dict(), Path(args.out, "night.pt"))
-    print(f"{args.out}/night.pt: M_n after {args.steps} steps", flush=True)
+    say(f"{args.out}/night.pt: M_n after {args.steps} steps")
     return outcome
 
 
@@ -197,11 +201,11 @@ def load_data(args):
     # With --day-only nothing else has looked for root; listdir says so if it is not there.
     if root and os.listdir(root) and datasets.find(root, val, ".png", must_exist=False):
         validation = [sample for sample in datasets.samples(layout, root, "val") if sample.label]
-    print(f"{len(source)} labelled days, {len(days)} target days and {len(nights)} nights ({args.pairs}), "
-          f"{len(validation)} labelled nights to validate", flush=True)  # fmt: skip
+    targets = f"{len(days)} target days and {len(nights)} nights ({args.pairs})"
+    say(f"{len(source)} labelled days, {targets}, {len(validation)} labelled nights to validate")
     for labelled in (source, validation):
         if labelled and RANK == 0 and (warning := datasets.label_warning(labelled)):
-            print(warning, flush=True)
+            say(warning)
     size = args.batch_size * PROCESSES
     stream = datasets.FourDomains(
         source, days, nights, args.crop, args.pairs != "none", synthetic, args.scale, args.seed,
@@ -241,7 +245,7 @@ def save(method, optimizer, rows, args, tiles=None):
         if tiles:
             grid(tiles, 3).save(Path(args.out, "samples.png"))
     except OSError as error:  # another program may hold them open
-        print(f"warning: {error}; the run goes on", flush=True)
+        say(f"warning: {error}; the run goes on")
 
 
 def replace(state, path):
@@ -289,7 +293,7 @@ def resume(method, optimizer, args):
     state = models.read_file(path)
     method.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    print(f"resumed at step {state['step']} of {path}", flush=True)
+    say(f"resumed at step {state['step']} of {path}")
     return state["step"], state["rows"]
 
 
@@ -335,7 +339,7 @@ def parse_args(argv=None):
     add("--lr", type=float, default=5e-4, help="learning rate of AdamW (%(default)s)")
     add("--weight-decay", type=float, default=5e-4, help="of AdamW (%(default)s)")
     add("--power", type=float, default=0.9, help="of the polynomial decay of the rate (%(default)s)")
-    add("--amp", choices=("off", "bf16"), default="bf16" if torch.cuda.is_available() else "off")
+    add("--amp", choices=("off", "bf16"), help="mixed precision (bf16 on a GPU, else off)")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -353,6 +357,7 @@ def parse_args(argv=None):
     shared = args.night_weights == "shared"
     if args.night_statistics == "target" and shared:
         parser.error("--night-statistics target needs norms of M_n's own: no --night-weights shared")
+    args.amp = args.amp or ("bf16" if args.device.startswith("cuda") else "off")
     of_source = args.day_only or args.no_teacher or shared
     args.night_statistics = args.night_statistics or ("source" if of_source else "target")
     args.paired = args.pairs if args.pairs in ("corresp", "none") else "csv"
@@ -366,35 +371,35 @@ def demo(args):
     out, city, outcomes = Path(args.out), Path(args.out, "city"), []
     args.cityscapes, args.darkzurich, args.resume = f"{city}/cityscapes", f"{city}/darkzurich", True
     if not any(city.glob("darkzurich/corresp/train/night/*/*.csv")):  # the last thing to be written
-        print(f"drawing a city into {city}", flush=True)
+        say(f"drawing a city into {city}")
         datasets.make_demo_city(city)
     for name in ("day-only", "ccdistill"):
-        print(f"\n{name}: {args.steps} steps", flush=True)
+        say(f"\n{name}: {args.steps} steps")
         run = argparse.Namespace(**vars(args) | {"out": str(out / name), "day_only": name == "day-only"})
         run.night_statistics = "source" if run.day_only else args.night_statistics
         outcomes.append(train(run))
     (day_only, tiles), (method, its_tiles) = outcomes
     rows = zip(tiles[0::3], tiles[1::3], its_tiles[1::3], tiles[2::3], strict=True)
     grid([tile for row in rows for tile in row], 4).save(out / "comparison.png")
-    print(f"\n{'at night':14}   day-only  ccdistill\n{table(day_only, method)}")
-    print(f"{out / 'comparison.png'}: night image, day-only, CCDistill, label")
+    say(f"\n{'at night':14}   day-only  ccdistill\n{table(day_only, method)}")
+    say(f"{out / 'comparison.png'}: night image, day-only, CCDistill, label")
 
 
 def on_signal(number, _):
     if STOPPED and number == signal.SIGINT:
         raise KeyboardInterrupt
     STOPPED.append(number)
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        print("finishing this step, then saving (Ctrl-C again: stop at once)", flush=True)
+    say("finishing this step, then saving (Ctrl-C again: stop at once)")
 
 
 def main(argv=None):
     args = parse_args(argv)
     torch.backends.cudnn.benchmark = True  # the crop is fixed
+    if PROCESSES > 1 and args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if ":" in args.device:
+        torch.cuda.set_device(args.device)
     if PROCESSES > 1:
-        if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
         distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
         sys.stdout = open(os.devnull, "w") if RANK else sys.stdout  # noqa: SIM115
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
