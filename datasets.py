@@ -8,7 +8,6 @@ one line that names it. Names that begin with a dot are never data.
 import collections
 import concurrent.futures
 import contextlib
-import functools
 import os
 import random
 from pathlib import Path
@@ -180,7 +179,7 @@ class FourDomains(torch.utils.data.Dataset):
                  length=1, targets_from=0):  # fmt: skip
         self.source, self.days, self.nights, self.synthetic = source, days, nights, synthetic
         self.crop, self.paired, self.scale, self.seed = crop, paired, scale, seed
-        self.length, self.targets_from = length, targets_from
+        self.length, self.targets_from, self.orders = length, targets_from, {}
 
     def __len__(self):
         return self.length
@@ -210,12 +209,10 @@ class FourDomains(torch.utils.data.Dataset):
 
     def pick(self, domain, files, k):
         """The number of item k's file, in an order that is new for every pass over the files."""
-        return order(len(files), f"{self.seed} {domain} {k // len(files)}")[k % len(files)]
-
-
-@functools.lru_cache(maxsize=8)
-def order(length, key):
-    return random.Random(key).sample(range(length), length)
+        key = f"{self.seed} {domain} {k // len(files)}"
+        if key not in self.orders:
+            self.orders[key] = random.Random(key).sample(range(len(files)), len(files))
+        return self.orders[key][k % len(files)]
 
 
 def random_crop(size, crop, scale, rng):
