@@ -33,8 +33,8 @@ class CCDistill(nn.Module):
     (ours) each domain has batch statistics of its own, and only the source's enter the running ones."""
 
     def __init__(self, model, *, night_weights="norm", joint=False, night_style="random", projection=True,
-                 content_weight=1.0, style_weight=1.0, js_weight=0.1, pseudo_weight=1.0, pseudo_threshold=0.9,
-                 target_paired=True, teacher=True, num_static=None):  # fmt: skip
+                 content_weight=1.0, style_weight=1.0, js_weight=0.01, pseudo_weight=1.0,
+                 pseudo_threshold=0.9, target_paired=True, teacher=True, num_static=None):  # fmt: skip
         super().__init__()
         self.day, self.night = model, night_model(model, night_weights)
         pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())

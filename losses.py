@@ -19,9 +19,7 @@ def correlation(a, b):
     a, b: (B, ...) of one shape. Returns (2B, 2B): row i < B belongs to a[i], row B + i to b[i]. An all-zero
     sample correlates 0 with everything, itself included, and gets zero gradient."""
     check_shapes(max(a.ndim, 2), a=a, b=b)
-    rows = torch.cat([full(a), full(b)]).flatten(1)
-    largest = rows.detach().abs().amax(1, keepdim=True)  # divided by it, no square overflows
-    unit = F.normalize(rows / largest.masked_fill(largest == 0, math.inf), dim=1)
+    unit = torch.cat([unit_rows(a), unit_rows(b)])
     with torch.autocast(unit.device.type, enabled=False):
         return unit @ unit.T
 
@@ -50,19 +48,22 @@ def content_terms(e_source_day, e_source_night, e_target_day, e_target_night, *,
         illumination  mse(Cor(S_d, S_n), Cor(T_d, T_n))     how far the light differs: in S as in T
         js            D(S_d, S_n) + D(T_d, T_n) - D(S_d, T_n) - D(S_n, T_d)       the figure's arcs
 
+    D compares e at length 1, as Cor does, over a temperature of 0.1 (our reading: the figure has neither that
+    nor a softmax). Of e as it is, the subtracted parts would grow with its length, without bound.
     target_paired=False (T_d[i] and T_n[i] show different places) leaves out the entries of S_d[i] with
     S_n[i], which have no counterpart then, and D(T_d, T_n)."""
     s_d, s_n, t_d, t_n = e_source_day, e_source_night, e_target_day, e_target_night
     check_shapes(2, e_source_day=s_d, e_source_night=s_n, e_target_day=t_d, e_target_night=t_n)
     inherent = F.mse_loss(correlation(s_d, t_d), correlation(s_n, t_n))
     illumination = graph_mse(correlation(s_d, s_n), correlation(t_d, t_n), target_paired)
+    s_d, s_n, t_d, t_n = (unit_rows(e) / 0.1 for e in (s_d, s_n, t_d, t_n))
     of_target = js_divergence(t_d, t_n) if target_paired else 0
     js = js_divergence(s_d, s_n) + of_target - js_divergence(s_d, t_n) - js_divergence(s_n, t_d)
     return {"inherent": inherent, "illumination": illumination, "js": js}
 
 
 def content_distill(e_source_day, e_source_night, e_target_day, e_target_night, *,
-                    js_weight=0.1, target_paired=True):  # fmt: skip
+                    js_weight=0.01, target_paired=True):  # fmt: skip
     """L_CDC, cross-domain content distillation: inherent + illumination + js_weight * js of `content_terms`.
     A scalar, negative where the divergences that js subtracts outweigh the rest. Four embeddings (B, D) of
     one shape; pool feature maps first, for example features.mean((2, 3))."""
@@ -130,6 +131,13 @@ def graph_mse(source, target, paired=True):
         return F.mse_loss(source, target)
     size, pairs = len(source), torch.eye(len(source), dtype=torch.bool, device=source.device)
     return (source - target).square().masked_fill(pairs.roll(size // 2, 0), 0).sum() / (size**2 - size)
+
+
+def unit_rows(x):
+    """The samples of x (B, ...) as rows (B, D) of length 1; an all-zero one stays so, with zero gradient."""
+    rows = full(x).flatten(1)
+    largest = rows.detach().abs().amax(1, keepdim=True)  # divided by it, no square overflows
+    return F.normalize(rows / largest.masked_fill(largest == 0, math.inf), dim=1)
 
 
 def full(x):

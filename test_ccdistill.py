@@ -120,9 +120,10 @@ def test_losses_are_their_formulas(batch, paired):
     close(losses.gram(a), slow_gram(a))
     sd, sn, td, tn = e = rand(4, batch, 5)
     close(losses.js_divergence(sd, sn), slow_js(sd, sn))
-    js = slow_js(sd, sn) + (slow_js(td, tn) if paired else 0) - slow_js(sd, tn) - slow_js(sn, td)
     inherent = slow_distance(slow_correlation(sd, td), slow_correlation(sn, tn))
     illumination = slow_distance(slow_correlation(sd, sn), slow_correlation(td, tn), paired)
+    sd, sn, td, tn = (rows / rows.square().sum(1, keepdim=True).sqrt() / 0.1 for rows in e)
+    js = slow_js(sd, sn) + (slow_js(td, tn) if paired else 0) - slow_js(sd, tn) - slow_js(sn, td)
     found = losses.content_terms(*e, target_paired=paired)
     close(found, {"inherent": inherent, "illumination": illumination, "js": js})
     close(losses.content_distill(*e, js_weight=0.5, target_paired=paired), inherent + illumination + js / 2)
@@ -845,12 +846,9 @@ def test_a_signal_ends_the_run_with_its_step_saved(city, tmp_path, how, name):
         process.stdout = process.stdout.close() or time.sleep(2)
     process.send_signal(number) if how == "torchrun" else os.killpg(process.pid, number)
     printed, errors = process.communicate(timeout=60)
-    assert (
-        len(log_of(out)) > 2 * (how == "unread")
-        and not (tmp_path / "ccdistill").exists()
-        and "goes on" in (printed or "goes on")
-    )
-    assert process.returncode and (how != "demo" or (process.returncode == 130 and not errors))
+    assert len(log_of(out)) > (2 if how == "unread" else 0) and not (tmp_path / "ccdistill").exists()
+    assert process.returncode in (1, 120, 128 + number) and "goes on" in (printed or "goes on")
+    assert how != "demo" or (process.returncode == 130 and not errors)
 
 
 def test_an_out_belongs_to_one_run(city, checkpoint, tmp_path):

@@ -275,8 +275,7 @@ def claim(args):
             told = ", ".join(f"{name} {then.get(name)} there, {now[name]} here" for name in differ)
             raise datasets.DataError(f"{path}: is of another run: {told}")
         return
-    names = ("args.json", "last.pt", "night.pt", "log.csv")
-    held = [name for name in names if Path(args.out, name).exists()]
+    held = [name for name in ("args.json", "last.pt", "night.pt", "log.csv") if Path(args.out, name).exists()]
     if held and not (args.resume and held == ["args.json"]):  # an empty one is of a start that was killed
         way_out = "choose another --out" if args.resume else "add --resume, or choose another --out"
         raise datasets.DataError(f"{args.out}: holds {held[0]}: {way_out}")
@@ -324,7 +323,7 @@ def parse_args(argv=None):
     add("--night-style", choices=ccdistill.NIGHT_STYLES, default="random", help="how S_n is made (random)")
     add("--content-weight", type=float, default=1.0, help="of content distillation, CDC (1)")
     add("--style-weight", type=float, default=1.0, help="of style distillation, CDS (1)")
-    add("--js-weight", type=float, default=0.1, help="of the divergences in CDC (0.1)")
+    add("--js-weight", type=float, default=0.01, help="of the divergences in CDC (0.01)")
     add("--pseudo-weight", type=float, default=1.0, help="of the pseudo-labels' loss (1)")
     add("--pseudo-threshold", type=float, default=0.9, help="softmax of a confident prediction (0.9)")
     add("--adapt-from", type=float, default=0.25, help="share (0 to 1) of --steps before targets join")
