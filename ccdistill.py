@@ -48,9 +48,9 @@ class CCDistill(nn.Module):
 
     def forward(self, batch, adapt=True):
         """batch: source_day, target_day, target_night, each (B, 3, H, W) float RGB in [0, 1], source_label
-        (B, H, W) int64, source_night if it is ready-made; else ValueError. Returns a dict of scalars: each
-        term, unweighted, the parts of CDC, and total. adapt=False: only the source is learned from, and the
-        teacher is a copy of the networks."""
+        (B, H, W) int64, source_night if it is ready-made; ValueError for other shapes or values. Returns a
+        dict of scalars: each term, unweighted, the parts of CDC, and total. adapt=False: only the source is
+        learned from, and the teacher is a copy of the networks."""
         check_images(**{name: images for name, images in batch.items() if name != "source_label"})
         s_d, y = batch["source_day"], batch["source_label"]
         check_shapes(3, source_label=y, source_day=s_d[:, 0])

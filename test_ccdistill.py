@@ -41,8 +41,7 @@ OFFICIAL = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32
 COLOURS, GREYS = [*chain(*datasets.COLOURS)], [13, 13, 13, 0, 0, 0, 5, 5, 5]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": HERE}
-NARROW = "import runpy, test_ccdistill; runpy.run_path('train.py', run_name='__main__')"
-TRAIN = [sys.executable, "-u", "-c", NARROW]  # as from a shell, with the narrow network
+TRAIN = [sys.executable, "-uc", "import runpy, test_ccdistill; runpy.run_path('train.py', {}, '__main__')"]
 rand = partial(torch.randn, dtype=torch.float64)
 close = lambda a, b, error=1e-7: torch.testing.assert_close(a, b, rtol=error, atol=error)
 
@@ -882,6 +881,7 @@ def test_a_damaged_file_ends_training_with_the_step_saved(tree, tmp_path):
     ("train.py --cityscapes x --darkzurich x", "x/leftImg8bit/train: no such folder"),
     ("train.py --cityscapes CITY/cityscapes --day-only --weights no.pth", "no.pth: not a readable file"),
     ("train.py --demo --night-weights shared --night-statistics target", "norms of M_n's own"),
+    ("train.py --demo --adapt-from 25", "0 to 1"),
     ("evaluate.py --images x", "give --out DIR"), ("evaluate.py --acdc x --submit y", "for the test split"),
     ("evaluate.py --acdc x --json CITY", "exists: give"), ("evaluate.py --acdc x --out CITY", "exists: give"),
     ("evaluate.py --darkzurich CITY/darkzurich", "no.pt: not a readable file of tensors (No such file"),

@@ -353,6 +353,8 @@ def parse_args(argv=None):
     day_alone = args.day_only and args.night_statistics != "target"
     if not args.demo and not (args.cityscapes and (args.darkzurich or args.acdc or day_alone)):
         parser.error("give --cityscapes DIR and (but for plain --day-only) --darkzurich or --acdc; or --demo")
+    if not 0 <= args.adapt_from <= 1:
+        parser.error("--adapt-from is a share of the steps, 0 to 1")
     shared = args.night_weights == "shared"
     if args.night_statistics == "target" and shared:
         parser.error("--night-statistics target needs norms of M_n's own: no --night-weights shared")
