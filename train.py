@@ -398,7 +398,7 @@ def main(argv=None):
     torch.backends.cudnn.benchmark = True  # the crop is fixed
     if PROCESSES > 1 and args.device == "cuda":
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    if ":" in args.device:
+    if args.device.startswith("cuda:"):
         torch.cuda.set_device(args.device)
     if PROCESSES > 1:
         distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
