@@ -12,6 +12,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+TEMPERATURE = 0.1  # of the softmax inside JS
+
 
 def correlation(a, b):
     """Cor(a, b): cosine similarities between all samples of two domains (the figure's graphs).
@@ -27,7 +29,7 @@ def correlation(a, b):
 def gram(features):
     """G = F F^T / (H W): which channels occur together, not where. (B, C, H, W) -> (B, C, C)."""
     check_shapes(4, features=features)
-    f = full(features).flatten(2)
+    f = at_least_float32(features).flatten(2)
     with torch.autocast(f.device.type, enabled=False):
         return f @ f.mT / f.shape[2]
 
@@ -35,9 +37,11 @@ def gram(features):
 def js_divergence(p, q):
     """D: the mean Jensen-Shannon divergence of softmax(p[i]) and softmax(q[i]), of (B, D), in [0, ln 2]."""
     check_shapes(2, p=p, q=q)
-    log_p, log_q = full(p).log_softmax(1), full(q).log_softmax(1)
+    log_p = at_least_float32(p).log_softmax(1)
+    log_q = at_least_float32(q).log_softmax(1)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-    kl_p, kl_q = (F.kl_div(log_m, x, reduction="sum", log_target=True) for x in (log_p, log_q))
+    kl_p = F.kl_div(log_m, log_p, reduction="sum", log_target=True)
+    kl_q = F.kl_div(log_m, log_q, reduction="sum", log_target=True)
     return ((kl_p + kl_q) / (2 * len(p))).clamp(0, math.log(2))  # rounding can step outside by 1e-8
 
 
@@ -54,21 +58,29 @@ def content_terms(e_source_day, e_source_night, e_target_day, e_target_night, *,
     S_n[i], which have no counterpart then, and D(T_d, T_n)."""
     s_d, s_n, t_d, t_n = e_source_day, e_source_night, e_target_day, e_target_night
     check_shapes(2, e_source_day=s_d, e_source_night=s_n, e_target_day=t_d, e_target_night=t_n)
-    inherent = F.mse_loss(correlation(s_d, t_d), correlation(s_n, t_n))
-    illumination = graph_mse(correlation(s_d, s_n), correlation(t_d, t_n), target_paired)
-    s_d, s_n, t_d, t_n = (unit_rows(e) / 0.1 for e in (s_d, s_n, t_d, t_n))
-    of_target = js_divergence(t_d, t_n) if target_paired else 0
-    js = js_divergence(s_d, s_n) + of_target - js_divergence(s_d, t_n) - js_divergence(s_n, t_d)
-    return {"inherent": inherent, "illumination": illumination, "js": js}
+
+    u_sd, u_sn, u_td, u_tn = [unit_rows(e) / TEMPERATURE for e in (s_d, s_n, t_d, t_n)]
+    js = js_divergence(u_sd, u_sn)
+    if target_paired:
+        js = js + js_divergence(u_td, u_tn)
+    js = js - js_divergence(u_sd, u_tn) - js_divergence(u_sn, u_td)
+    return {
+        "inherent": F.mse_loss(correlation(s_d, t_d), correlation(s_n, t_n)),
+        "illumination": graph_mse(correlation(s_d, s_n), correlation(t_d, t_n), target_paired),
+        "js": js,
+    }
 
 
 def content_distill(e_source_day, e_source_night, e_target_day, e_target_night, *,
-                    js_weight=0.01, target_paired=True):  # fmt: skip
+                    js_weight=0.01, target_paired=True, parts=None):  # fmt: skip
     """L_CDC, cross-domain content distillation: inherent + illumination + js_weight * js of `content_terms`.
     A scalar, negative where the divergences that js subtracts outweigh the rest. Four embeddings (B, D) of
-    one shape; pool feature maps first, for example features.mean((2, 3))."""
+    one shape; pool feature maps first, for example features.mean((2, 3)). parts: a dict that takes the three
+    terms too, for a log."""
     e = e_source_day, e_source_night, e_target_day, e_target_night
     terms = content_terms(*e, target_paired=target_paired)
+    if parts is not None:
+        parts.update(terms)
     return terms["inherent"] + terms["illumination"] + js_weight * terms["js"]
 
 
@@ -76,7 +88,8 @@ def style_distill(f_source_day, f_source_night, f_target_day, f_target_night, *,
     """L_CDS, cross-domain style distillation: mse(Cor(G_Sd, G_Sn), Cor(G_Td, G_Tn)), G the Gram matrix of F.
     A scalar. Four feature maps (B, C, H, W) of one B and C; H and W may differ between domains.
     target_paired=False leaves out the entries of S_d[i] with S_n[i], as in `content_terms`."""
-    s_d, s_n, t_d, t_n = map(gram, (f_source_day, f_source_night, f_target_day, f_target_night))
+    s_d, s_n = gram(f_source_day), gram(f_source_night)
+    t_d, t_n = gram(f_target_day), gram(f_target_night)
     check_shapes(3, f_source_day=s_d, f_source_night=s_n, f_target_day=t_d, f_target_night=t_n)
     return graph_mse(correlation(s_d, s_n), correlation(t_d, t_n), target_paired)
 
@@ -84,9 +97,11 @@ def style_distill(f_source_day, f_source_night, f_target_day, f_target_night, *,
 def segmentation_loss(logits, labels, weights=None, ignore_index=255):
     """Cross-entropy of logits (B, K, H, W) and labels (B, H, W) int64, each pixel's times its weight
     (B, H, W) if given; mean over the pixels that are not `ignore_index`, 0 (not nan) if there is none."""
-    check_shapes(3, logits=logits[:, 0], labels=labels, **({} if weights is None else {"weights": weights}))
-    loss = F.cross_entropy(full(logits), labels, ignore_index=ignore_index, reduction="none")
-    loss = loss if weights is None else loss * weights
+    check_shapes(3, logits=logits[:, 0], labels=labels)
+    loss = F.cross_entropy(at_least_float32(logits), labels, ignore_index=ignore_index, reduction="none")
+    if weights is not None:
+        check_shapes(3, logits=logits[:, 0], weights=weights)
+        loss = loss * weights
     return loss.sum() / (labels != ignore_index).sum().clamp(min=1)
 
 
@@ -97,16 +112,18 @@ def most_probable(night_logits, day_logits=None, num_static=None):
     With the day's logits of the same place: where the night's class is static (see `static_classes`), the
     mean of both softmaxes decides among the static classes, as in DANNet (CVPR 2021). Where the night shows
     what moves, the day is not used: a pedestrian must not become the day frame's pavement."""
-    night = full(night_logits).softmax(1)
+    night = at_least_float32(night_logits).softmax(1)
     probability, classes = night.max(1)
-    if day_logits is not None:
-        check_shapes(4, night_logits=night_logits, day_logits=day_logits)
-        if num_static := static_classes(night.shape[1], num_static):
-            both = (night + full(day_logits).softmax(1)) / 2
-            static_probability, static = both[:, :num_static].max(1)
-            probability = torch.where(classes < num_static, static_probability, probability)
-            classes = torch.where(classes < num_static, static, classes)
-    return probability, classes
+    if day_logits is None:
+        return probability, classes
+    check_shapes(4, night_logits=night_logits, day_logits=day_logits)
+    num_static = static_classes(night.shape[1], num_static)
+    if num_static == 0:
+        return probability, classes
+    both = (night + at_least_float32(day_logits).softmax(1)) / 2
+    static_probability, static = both[:, :num_static].max(1)
+    stands = classes < num_static
+    return torch.where(stands, static_probability, probability), torch.where(stands, static, classes)
 
 
 def pseudo_labels(night_logits, day_logits=None, threshold=0.9, num_static=None, ignore_index=255):
@@ -118,7 +135,8 @@ def pseudo_labels(night_logits, day_logits=None, threshold=0.9, num_static=None,
 
 def static_classes(num_classes, num_static=None):
     """How many classes, the first ones, do not move: `num_static`; if not given, 11 of Cityscapes' 19."""
-    num_static = 11 if num_static is None and num_classes == 19 else num_static
+    if num_static is None and num_classes == 19:
+        num_static = 11
     if num_static is None or not 0 <= num_static <= num_classes:
         what = f"say how many of the {num_classes} classes, the first ones, do not move"
         raise ValueError(f"num_static: {what}, got {num_static}")
@@ -129,25 +147,26 @@ def graph_mse(source, target, paired=True):
     """Mean squared difference of two graphs (2B, 2B); unpaired: without the entries of i with B + i."""
     if paired:
         return F.mse_loss(source, target)
-    size, pairs = len(source), torch.eye(len(source), dtype=torch.bool, device=source.device)
-    return (source - target).square().masked_fill(pairs.roll(size // 2, 0), 0).sum() / (size**2 - size)
+    row = torch.arange(len(source), device=source.device)
+    counted = (row[:, None] - row).abs() != len(source) // 2
+    return (source - target).square().masked_fill(~counted, 0).sum() / (len(source) ** 2 - len(source))
 
 
 def unit_rows(x):
     """The samples of x (B, ...) as rows (B, D) of length 1; an all-zero one stays so, with zero gradient."""
-    rows = full(x).flatten(1)
+    rows = at_least_float32(x).flatten(1)
     largest = rows.detach().abs().amax(1, keepdim=True)  # divided by it, no square overflows
     return F.normalize(rows / largest.masked_fill(largest == 0, math.inf), dim=1)
 
 
-def full(x):
-    """x in at least float32."""
+def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def check_shapes(dimensions, **tensors):
     """Raise ValueError unless the tensors have one shape, of so many dimensions, none of them empty."""
     shapes = [tuple(x.shape) for x in tensors.values()]
-    if any(len(shape) != dimensions or 0 in shape or shape != shapes[0] for shape in shapes):
+    first = shapes[0]
+    if len(first) != dimensions or 0 in first or any(shape != first for shape in shapes):
         got = ", ".join(f"{name} {shape}" for name, shape in zip(tensors, shapes, strict=True))
         raise ValueError(f"expected one shape of {dimensions} dimensions, not empty, got {got}")
