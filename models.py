@@ -1,5 +1,7 @@
 """The segmenter and the projection head, out of torchvision's parts. Knows no losses and no data."""
 
+import argparse
+import re
 import warnings
 from collections import OrderedDict
 
@@ -9,7 +11,7 @@ import torchvision
 from torch import nn
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")  # a file holds their number: append new ones
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}  # DeepLab v3 (Chen et al., 2017), by output stride
 
 
@@ -19,25 +21,35 @@ class WeightsError(ValueError):
 
 class DeepLab(nn.Module):
     """A dilated ResNet under atrous spatial pyramid pooling (DeepLab v3), with torchvision's parameter names.
-    backbone: one of BACKBONES. output_stride: 8 or 16. weights: "none", "imagenet" (torchvision's, downloaded
-    on first use) or the path of a state dict, see `weights_in`; WeightsError where that fails."""
+
+    The head has no pooled branch (ours): that one averages over a crop in training but over a whole frame at
+    test, and it tells a night by how dark it is. backbone: one of BACKBONES. output_stride: 8 or 16. weights:
+    "none", "imagenet" (torchvision's, downloaded on first use) or a file, see `load_weights`; WeightsError
+    where that fails."""
 
     feature_channels = 256
 
     def __init__(self, backbone="resnet18", num_classes=19, output_stride=16, weights="none"):
         super().__init__()
         imagenet = "IMAGENET1K_V1" if weights == "imagenet" else None
-        resnet = getattr(torchvision.models, backbone)(weights=imagenet)
+        try:
+            resnet = getattr(torchvision.models, backbone)(weights=imagenet)
+        except OSError as error:  # urllib's
+            ways = "--weights FILE takes a file of them, --weights none starts from nothing"
+            raise WeightsError(
+                f"imagenet: torchvision's weights cannot be downloaded ({error}): {ways}"
+            ) from None
         dilate([resnet.layer4] if output_stride == 16 else [resnet.layer3, resnet.layer4])
         self.backbone = nn.Sequential(OrderedDict(list(resnet.named_children())[:-2]))  # no avgpool, no fc
         head = DeepLabHead(resnet.fc.in_features, num_classes, ATROUS_RATES[output_stride])
         self.classifier = nn.Sequential(*head)  # ASPP, 3 x 3 convolution, norm, ReLU, classifier
-        self.classifier[0].convs[-1][2] = PooledNorm(256)
-        self.register_buffer("architecture", torch.tensor([BACKBONES.index(backbone), output_stride]))
+        aspp = self.classifier[0]
+        aspp.convs = aspp.convs[:-1]  # 1 x 1 and three atrous branches
+        aspp.project[0] = nn.Conv2d(4 * 256, 256, 1, bias=False)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
         if weights not in ("none", "imagenet"):
-            load_weights(self, weights_in(read_file(weights), weights), weights)
+            load_weights(self, weights)
 
     def forward(self, images):
         """images: (B, 3, H, W) float RGB in [0, 1], normalised here. Returns the features F (B, 256, h, w),
@@ -56,38 +68,21 @@ class ProjectionHead(nn.Sequential):
     it pools over positions first and has two layers is our reading: the figure shows a box."""
 
     def __init__(self, in_channels, embedding_dim=128):
-        pool, hidden = [nn.AdaptiveAvgPool2d(1), nn.Flatten()], nn.Linear(in_channels, in_channels)
-        super().__init__(*pool, hidden, nn.ReLU(), nn.Linear(in_channels, embedding_dim))
-
-
-class PooledNorm(nn.BatchNorm2d):
-    """Batch norm for ASPP's pooled branch, which holds one value a channel and image: divided by their own
-    deviation, two values become 1 and -1, whatever they were. So training subtracts the batch's mean (from a
-    single image the running one) but divides by the running deviation, which it updates from single images as
-    well. In eval mode it is plain batch norm. Without momentum, as for the statistics of nights, the mean
-    alone moves: whole frames differ less than the crops of training do."""
-
-    def forward(self, x):
-        if self.training and self.momentum != 0:
-            self.num_batches_tracked += 1
-            share = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-            values = x.detach().flatten(1).to(self.running_mean.dtype)
-            from_old_mean = values - self.running_mean
-            self.running_mean.lerp_(values.mean(0), share)
-            if self.momentum is not None:
-                self.running_var.lerp_((from_old_mean * (values - self.running_mean)).mean(0), share)
-        # Copies: a later call must not change what backward needs.
-        several, var = self.training and len(x) > 1, self.running_var.clone()
-        mean = torch.zeros_like(var) if several else self.running_mean.clone()
-        x = x - x.mean(0, keepdim=True) if several else x
-        return F.batch_norm(x, mean, var, self.weight, self.bias, eps=self.eps)
+        super().__init__(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(in_channels, in_channels),
+            nn.ReLU(),
+            nn.Linear(in_channels, embedding_dim),
+        )
 
 
 def dilate(stages):
     """Trade the strides of ResNet stages for dilation, in place: the same values on a denser grid. (To
     torchvision's `replace_stride_with_dilation` BasicBlocks are unknown.)"""
     dilation = 1
-    for conv in (m for stage in stages for m in stage.modules() if isinstance(m, nn.Conv2d)):
+    convs = [m for m in nn.ModuleList(stages).modules() if isinstance(m, nn.Conv2d)]
+    for conv in convs:
         if conv.kernel_size == (3, 3):
             conv.dilation = conv.padding = (dilation, dilation)
             if conv.stride == (2, 2):
@@ -95,40 +90,80 @@ def dilate(stages):
         conv.stride = (1, 1)
 
 
-def load_weights(model, state, path):
-    """Initialise a DeepLab from a state dict. A ResNet's leaves the head as it is; a classifier for another
-    number of classes is left out with a warning; what else does not fit raises WeightsError."""
-    bias, own = state.get("classifier.4.bias"), model.classifier[4].bias
-    optional = "classifier." if bias is None else "none" if bias.shape == own.shape else "classifier.4."
-    if optional == "classifier.4.":
-        warnings.warn(f"{path}: its classifier, for another number of classes, is left out", stacklevel=3)
-    kept = optional, "architecture"
-    state = {k: v for k, v in state.items() if not k.startswith(kept)}
-    state |= {k: v for k, v in model.state_dict().items() if k.startswith(kept)}
+def read_file(path):
+    """The content of a torch file, on the CPU; no code in it is run. Raises WeightsError in one line."""
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:  # which names what is missing, unknown or of another shape
-        raise WeightsError(f"{path}: does not fit ({' '.join(str(error).split())[:200]})") from None
+        with torch.serialization.safe_globals([argparse.Namespace]):  # as torchvision's references save
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 (unpickling raises whatever the bytes suggest)
+        reason = getattr(error, "strerror", None) or "damaged, or of another kind"
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if foreign:
+            reason = f"holds a {foreign[1]}: save the weights alone, torch.save(model.state_dict(), FILE)"
+        raise WeightsError(f"{path}: not a readable file of tensors ({reason})") from None
 
 
 def weights_in(content, path, which="night"):
     """The state dict in a file's content, in DeepLab's names: of night.pt, of last.pt (`which`: its M_n or
-    M_d), of torchvision's ResNets and `deeplabv3_*`, also as {"model": ...} or {"state_dict": ...}."""
-    state = content.get("model", content.get("state_dict", content)) if isinstance(content, dict) else None
-    items = state.items() if isinstance(state, dict) else ()
-    state = {k.removeprefix("module."): v for k, v in items if isinstance(k, str) and torch.is_tensor(v)}
+    M_d), of torchvision's ResNets and `deeplabv3_*`; bare, or as "model", "state_dict" or "model_state_dict"
+    of a dict; of a network that was compiled or wrapped for several devices."""
+    for name in ("model", "model_state_dict", "state_dict", "model"):  # one may hold the other
+        if isinstance(content, dict):
+            content = content.get(name, content)
+    state = {}
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if isinstance(key, str) and torch.is_tensor(value):
+                state[re.sub(r"^(module\.|model\.)+", "", key.replace("_orig_mod.", ""))] = value
     if which == "day" or any(key.startswith("night.") for key in state):  # as last.pt has it
         state = {k.removeprefix(f"{which}."): v for k, v in state.items() if k.startswith(f"{which}.")}
     if not state:
-        raise WeightsError(f"{path}: holds no state dict" + (" of M_d" if which == "day" else ""))
+        what = "state dict of M_d" if which == "day" else "state dict"
+        raise WeightsError(f"{path}: holds no {what}")
     state = {k: v for k, v in state.items() if not k.startswith(("aux_classifier.", "fc."))}
-    return {f"backbone.{key}": value for key, value in state.items()} if "conv1.weight" in state else state
+    if "conv1.weight" in state:
+        state = {f"backbone.{key}": value for key, value in state.items()}
+    return state
 
 
-def read_file(path):
-    """The content of a torch file, on the CPU; no code in it is run. Raises WeightsError in one line."""
+def load_weights(model, path):
+    """Initialise a DeepLab from the file `path`, see `weights_in`. A ResNet's weights leave the head as it is.
+    A head that pools (as in torchvision's `deeplabv3_*` and our first versions), or a classifier for another
+    number of classes, is left out with a warning. What else does not fit raises WeightsError."""
+    state = weights_in(read_file(path), path)
+    spared = ()  # what the model keeps of its own
+    if not any(key.startswith("classifier.") for key in state):
+        spared = ("classifier.",)
+    elif pools(state):
+        spared = ("classifier.", "architecture")
+        warnings.warn(
+            f"{path}: its head has a pooled branch and is left out: the backbone alone", stacklevel=3
+        )
+    elif "classifier.4.bias" in state and len(state["classifier.4.bias"]) != len(model.classifier[4].bias):
+        spared = ("classifier.4.",)
+        warnings.warn(f"{path}: its classifier, for another number of classes, is left out", stacklevel=3)
+    its_own = {k: v for k, v in model.state_dict().items() if k.startswith(spared)}
+    fit(model, {k: v for k, v in state.items() if not k.startswith(spared)} | its_own, path)
+
+
+def pools(state):
+    """Does this state dict belong to a head with a pooled branch, which DeepLab has not?"""
+    return any(key.endswith("classifier.0.convs.4.1.weight") for key in state)
+
+
+def check_head(state, path):
+    if pools(state):
+        raise WeightsError(f"{path}: of a head with a pooled branch, as an earlier version had: train again")
+
+
+def fit(module, state, path):
+    """module.load_state_dict(state), but WeightsError, in one line, where something is missing, unknown or of
+    another shape."""
+    check_head(state, path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 (unpickling raises whatever the bytes suggest)
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0][:150]
-        raise WeightsError(f"{path}: not a readable file of tensors ({reason})") from None
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsError(
+            f"{path}: expected weights of this network (its backbone?), but {reason}"
+        ) from None
