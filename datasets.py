@@ -46,6 +46,9 @@ TARGETS = {
     "acdc": ("rgb_anon/night/train_ref", "rgb_anon/night/train", "_rgb_ref_anon.png"),
 }
 PICTURES = (".jpeg", ".jpg", ".png", ".webp")
+# What else looks like a picture is not read: it is refused, not passed over.
+OTHER_PICTURES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".pgm", ".ppm",
+                  ".tga", ".tif", ".tiff")  # fmt: skip
 Sample = collections.namedtuple("Sample", "image label", defaults=(None,))
 
 
@@ -56,13 +59,27 @@ class DataError(ValueError):
 def samples(layout, root, split="val"):
     """[Sample] of paths of a split; label is None where the data set has no labels for it."""
     folder, ending, label_folder, middle = LAYOUTS[layout]
-    images, labels = find(root, folder.format(split), ending), {}
-    for kind in ("labelIds", "labelTrainIds"):
-        labels = labels or find(root, label_folder.format(split), f"{middle}{kind}.png", must_exist=False)
-    if alone := sorted(labels and images.keys() ^ labels.keys()):
+    images = find(root, folder.format(split), ending)
+    labels = find_labels(root, label_folder.format(split), middle)
+    if labels and images.keys() != labels.keys():
+        alone = sorted(images.keys() ^ labels.keys())
         what = "label of this image" if alone[0] in images else "image of this label"
         raise DataError(f"{(images | labels)[alone[0]]}: there is no {what} ({len(alone)} are alone)")
     return [Sample(image, labels.get(name)) for name, image in images.items()]
+
+
+def find_labels(root, name, middle):
+    """As `find` does, labelIds or else labelTrainIds; none if there is no such folder, or no picture in it."""
+    for kind in ("labelIds", "labelTrainIds"):
+        labels = find(root, name, f"{middle}{kind}.png", must_exist=False, alone=False)
+        if labels:
+            return labels
+    folder = folder_of(root, name)
+    others = [path for path in walk(folder) if is_picture(path)] if folder else []
+    if others:
+        wanted = f"names that end with {middle}labelIds.png or {middle}labelTrainIds.png"
+        raise DataError(f"{folder}: no label in it: expected {wanted}, found {others[0].name}")
+    return {}
 
 
 def targets(layout, root, pairs="corresp"):
@@ -76,97 +93,144 @@ def targets(layout, root, pairs="corresp"):
         return list(days.values()), list(nights.values())
     if layout == "acdc" and pairs == "corresp":
         return partners(nights, days, ending), list(nights.values())
-    tables = [pairs] if pairs != "corresp" else find(root, "corresp/train/night", "_ref_day.csv").values()
-    listed = [pair for table in tables for pair in read_pairs(table, days, nights)]
+    tables = [Path(pairs)]
+    if pairs == "corresp":
+        tables = find(root, "corresp/train/night", "_ref_day.csv", must_exist=False, alone=False).values()
+    if not tables or not all(table.is_file() for table in tables):
+        where = f"{root}/corresp/train/night" if pairs == "corresp" else pairs
+        ways = "--pairs FILE names a csv of NIGHT,DAY lines, --pairs none takes unrelated images"
+        raise DataError(f"{where}: no list of pairs there: {ways}")
+    listed = []
+    for table in tables:
+        listed += read_pairs(table, days, nights)
     return [day for day, _ in listed], [night for _, night in listed]
 
 
 def read_pairs(table, days, nights):
     """[(day, night)] paths of a csv of lines train/night/STEM,train/day/STEM."""
     pairs = []
-    for number, line in enumerate(Path(table).read_text("utf-8", "replace").splitlines(), 1):
-        night, _, day = (stem.strip() for stem in line.partition(","))
+    for number, line in enumerate(Path(table).read_text("utf-8-sig", "replace").splitlines(), 1):
+        if not line.strip():
+            continue
+        night, _, day = [stem.strip() for stem in line.partition(",")]
         pair = days.get(day.removeprefix("train/day/")), nights.get(night.removeprefix("train/night/"))
-        if line.strip() and None in pair:
+        if None in pair:
             wanted = "train/night/STEM,train/day/STEM of two files"
             raise DataError(f"{table}: line {number} is not {wanted}: {line[:99]!r}")
-        pairs += [pair] if line.strip() else []
+        pairs.append(pair)
     if not pairs:
         raise DataError(f"{table}: no pair in it")
     return pairs
 
 
-def synthetic_nights(root, source):
-    """Paths of ready-made S_n for the `source` samples: leftImg8bit's tree and names, under `root`."""
+def synthetic_nights(root, cityscapes):
+    """Paths of ready-made S_n, one for each image of the folder `cityscapes`: leftImg8bit's tree and names,
+    under `root`."""
     ending = "_leftImg8bit.png"
-    names = ["/".join(sample.image.parts[-2:])[: -len(ending)] for sample in source]
-    return partners(names, find(root, "leftImg8bit/train", ending), ending)
+    folder = "leftImg8bit/train"
+    return partners(find(cityscapes, folder, ending), find(root, folder, ending), ending)
 
 
 def partners(names, files, ending):
-    if alone := [name for name in names if name not in files]:
+    alone = [name for name in names if name not in files]
+    if alone:
         beside = next(iter(files.values()))
         raise DataError(f"{alone[0]}{ending}: no such file beside {beside} ({len(alone)} are missing)")
     return [files[name] for name in names]
 
 
 def pictures(paths):
-    """[Sample] of picture files, and of the pictures in folders."""
+    """[Sample] of picture files, and of the pictures in folders and the folders in these."""
     found = []
     for path in map(Path, paths):
-        inside = [p for p in sorted(path.glob("[!.]*")) if p.suffix.lower() in PICTURES]
-        if not path.exists() or (path.is_dir() and not inside):
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(each for each in walk(path) if is_picture(each))
+        if not path.exists() or not inside:
             raise DataError(f"{path}: no picture there ({', '.join(PICTURES)})")
-        found += map(Sample, inside if path.is_dir() else [path])
+        for each in inside:
+            if each.suffix.lower() in OTHER_PICTURES:
+                raise DataError(f"{each}: not read: save it as one of {', '.join(PICTURES)}")
+            found.append(Sample(each))
     return found
 
 
-def find(root, name, ending, must_exist=True):
+def find(root, name, ending, must_exist=True, alone=True):
     """{path below ROOT/name without its ending: path}, sorted. The folder may also be the one ROOT/*/name
-    (zips unpacked side by side). Links are followed, but not upwards. What cannot be listed, links to nothing
-    and pictures of another format are refused: part of the data would be missing."""
-    root, found = Path(root), {}
+    (zips unpacked side by side). Two files of one name, and pictures of a wrong one, are refused: part of the
+    data would be missing. alone False: other pictures may lie there, but not the same in another format."""
+    folder = folder_of(root, name)
+    if folder is None and must_exist:
+        above = next(path for path in Path(root, name).absolute().parents if path.is_dir())
+        holds = sorted(os.listdir(above))[:9]
+        raise DataError(f"{Path(root, name)}: no such folder ({above} holds {holds})")
+    found = {}
+    for path in walk(folder) if folder else ():
+        if path.name.lower().endswith(ending.lower()):
+            key = path.relative_to(folder).as_posix()[: -len(ending)]
+            if key in found:
+                raise DataError(f"{path}: has the name of {found[key].name} beside it: which is meant?")
+            found[key] = path
+        elif is_picture(path) and (alone or path.stem.endswith(Path(ending).stem)):
+            raise DataError(f"{path}: expected a name that ends with {ending}")
+    if not found and must_exist:
+        raise DataError(f"{folder}: no file *{ending} in it")
+    return dict(sorted(found.items()))
+
+
+def folder_of(root, name):
+    """ROOT/name or the one ROOT/*/name; None if there is neither."""
+    root = Path(root)
     folders = [root / name] if (root / name).is_dir() else sorted(root.glob(f"[!._]*/{name}"))
     if len(folders) > 1:
         raise DataError(f"{root}: {name} is there more than once: {folders[0]}, {folders[1]}")
-    if not folders and must_exist:
-        above = next(path for path in (root / name).absolute().parents if path.is_dir())
-        raise DataError(f"{root / name}: no such folder ({above} holds {sorted(os.listdir(above))[:9]})")
+    return folders[0] if folders else None
+
+
+def walk(folder):
+    """Yield every file below a folder. Links are followed, but not upwards. What cannot be listed and links to
+    nothing are refused."""
 
     def refuse(error):
         raise DataError(f"{error.filename}: cannot be listed ({error.strerror})")
 
-    for folder in folders:
-        for here, inside, names in os.walk(folder, onerror=refuse, followlinks=True):
-            above = {os.path.realpath(path) for path in (here, *Path(here).parents)}
-            inside[:] = [d for d in inside if d[0] != "." and os.path.realpath(Path(here, d)) not in above]
-            for path in [Path(here, name) for name in names if name[0] != "."]:
-                if not path.exists():
-                    raise DataError(f"{path}: a link to nothing")
-                if path.name.lower().endswith(ending.lower()):
-                    found[path.relative_to(folder).as_posix()[: -len(ending)]] = path
-                elif path.stem.endswith(Path(ending).stem) and path.suffix.lower() in PICTURES:
-                    raise DataError(f"{path}: expected a name that ends with {ending}")
-    if not found and must_exist:
-        raise DataError(f"{folders[0]}: no file *{ending} in it")
-    return dict(sorted(found.items()))
+    for here, inside, names in os.walk(folder, onerror=refuse, followlinks=True):
+        above = {os.path.realpath(path) for path in (here, *Path(here).parents)}
+        inside[:] = [d for d in inside if d[0] != "." and os.path.realpath(Path(here, d)) not in above]
+        for name in names:
+            path = Path(here, name)
+            if name[0] == ".":
+                continue
+            if not path.exists():
+                raise DataError(f"{path}: a link to nothing")
+            yield path
 
 
-def label_warning(samples):
-    """What is odd about some thirty labels of a split, as one line; None if nothing is."""
-    seen, classes = random.Random(0).sample(samples, min(30, len(samples))), set()
+def is_picture(path):
+    return path.suffix.lower() in PICTURES + OTHER_PICTURES
+
+
+def label_warning(samples, needed=False):
+    """What is odd about some thirty labels of a split, as one line; None if nothing is. needed: to find no
+    class in them is a DataError."""
+    seen = random.Random(0).sample(samples, min(30, len(samples)))
+    classes = set()
     for sample in seen:
         classes |= {value for _, value in open_label(sample.label).getcolors(256)} - {IGNORE}
-    what = f"warning: {samples[0].label.parent.parent}: of {len(seen)} labels looked at,"
+    what = f"{samples[0].label.parent.parent}: of {len(seen)} labels looked at,"
+    if not classes and needed:
+        raise DataError(f"{what} every pixel is void (ignored): nothing to learn from")
     if not classes:
-        return f"{what} every pixel is void (ignored)"
-    if "TrainIds" not in samples[0].label.name and LABEL_IDS[max(classes)] <= 18:
-        return f"{what} named labelIds, none is above 18: if they are trainIds, name them _labelTrainIds.png"
+        return f"warning: {what} every pixel is void (ignored)"
     if len(classes) == 1:
-        return f"{what} all pixels that are not void are {NAMES[min(classes)]}"
+        return f"warning: {what} all pixels that are not void are {NAMES[min(classes)]}"
+    if "TrainIds" not in samples[0].label.name and LABEL_IDS[max(classes)] <= 18:
+        say = "if they are trainIds, name them _labelTrainIds.png"
+        return f"warning: {what} named labelIds, none is above 18: {say}"
+    return None
 
 
-class FourDomains(torch.utils.data.Dataset):
+class FourDomains:
     """Item k is a dict of uint8 tensors, all `crop` = (H, W): source_day, source_label, target_day,
     target_night and, of the paths `synthetic`, source_night. What is random about it comes from (seed, k),
     k counting samples from the first step on, so that threads and resumed runs see the same items.
@@ -175,36 +239,40 @@ class FourDomains(torch.utils.data.Dataset):
     is no target. scale: range of the resizing before the crop. Before item `targets_from` no target_day is
     decoded, and a target_night only if S_n is made from it."""
 
-    def __init__(self, source, days, nights, crop, paired=True, synthetic=None, scale=(0.5, 1.0), seed=0,
+    def __init__(self, source, days, nights, crop, *, paired=True, synthetic=None, scale=(0.5, 1.0), seed=0,
                  length=1, targets_from=0):  # fmt: skip
         self.source, self.days, self.nights, self.synthetic = source, days, nights, synthetic
         self.crop, self.paired, self.scale, self.seed = crop, paired, scale, seed
-        self.length, self.targets_from, self.orders = length, targets_from, {}
+        self.length, self.targets_from = length, targets_from
+        self.orders = {}
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, k):
         rng = random.Random(f"{self.seed} {k} 0")
+        joined = k >= self.targets_from
         n = self.pick("source", self.source, k)
-        image = open_image(self.source[n].image)
-        cut = random_crop(image.size, self.crop, self.scale, rng)
-        label = of_size(image.size, open_label, self.source[n].label)
-        item = {"source_day": cut(image), "source_label": cut(label, Image.NEAREST)[0]}
+        image_path, label_path = self.source[n]
+        image = open_image(image_path)
+        label = open_alike(open_label, label_path, image, image_path)
+        cut_source = random_crop(image.size, self.crop, self.scale, rng)
+        item = {"source_day": cut_source(image), "source_label": cut_source(label, Image.NEAREST)[0]}
         if self.synthetic:
-            item["source_night"] = cut(of_size(image.size, open_image, self.synthetic[n]))
-        if self.days and (k >= self.targets_from or not self.synthetic):
-            n = self.pick("night", self.nights, k)
-            night = open_image(self.nights[n])
-            cut = random_crop(night.size, self.crop, self.scale, rng)
-            item["target_night"] = cut(night)
-        if self.days and k >= self.targets_from:
-            if self.paired:
-                day = of_size(night.size, open_image, self.days[n])
-            else:
-                day = open_image(self.days[self.pick("day", self.days, k)])
-                cut = random_crop(day.size, self.crop, self.scale, rng)
-            item["target_day"] = cut(day)
+            made = open_alike(open_image, self.synthetic[n], image, image_path)
+            item["source_night"] = cut_source(made)
+        if not self.days or (self.synthetic and not joined):
+            return item
+
+        n = self.pick("night", self.nights, k)
+        night = open_image(self.nights[n])
+        cut_night = random_crop(night.size, self.crop, self.scale, rng)
+        item["target_night"] = cut_night(night)
+        if joined and self.paired:  # one place: cut alike
+            item["target_day"] = cut_night(open_alike(open_image, self.days[n], night, self.nights[n]))
+        elif joined:
+            day = open_image(self.days[self.pick("day", self.days, k)])
+            item["target_day"] = random_crop(day.size, self.crop, self.scale, rng)(day)
         return item
 
     def pick(self, domain, files, k):
@@ -218,12 +286,14 @@ class FourDomains(torch.utils.data.Dataset):
 def random_crop(size, crop, scale, rng):
     """Draw one random scale, crop and flip for Pillow images of `size` (width, height). Returns the function
     that applies them and gives a (C, H, W) uint8 tensor, so that whatever belongs together is cut alike."""
-    (width, height), (crop_height, crop_width) = size, crop
+    width, height = size
+    crop_height, crop_width = crop
     least = max(crop_height / height, crop_width / width)  # smaller, and the crop would not be filled
     factor = rng.uniform(max(scale[0], least), max(scale[1], least))
     box_height = min(max(1, round(crop_height / factor)), height)
     box_width = min(max(1, round(crop_width / factor)), width)
-    top, left = rng.randint(0, height - box_height), rng.randint(0, width - box_width)
+    top = rng.randint(0, height - box_height)
+    left = rng.randint(0, width - box_width)
     flip = rng.random() < 0.5
 
     def cut(image, mode=Image.BILINEAR):
@@ -234,7 +304,7 @@ def random_crop(size, crop, scale, rng):
     return cut
 
 
-def ahead(load, items, workers):
+def prefetch(load, items, workers):
     """Yield load(item) of each item, in order, by threads that are `workers` items ahead: Pillow decodes side
     by side in threads, which need no shared memory and raise an item's own exception."""
     with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
@@ -252,16 +322,17 @@ def load(sample):
     image = open_image(sample.image)
     item = {"name": Path(sample.image).stem, "image": TF.pil_to_tensor(image)}
     if sample.label:
-        item["label"] = TF.pil_to_tensor(of_size(image.size, open_label, sample.label))[0]
+        item["label"] = TF.pil_to_tensor(open_alike(open_label, sample.label, image, sample.image))[0]
     return item
 
 
-def of_size(size, decode, path):
-    """decode(path), which must have its partner's size (width, height)."""
-    image = decode(path)
-    if image.size != size:
-        raise DataError(f"{path}: width and height are {image.size}, but {size} of what belongs to it")
-    return image
+def open_alike(decode, path, image, partner):
+    """decode(path), which must have the size of `image`, the decoded file `partner`."""
+    opened = decode(path)
+    if opened.size != image.size:
+        sizes = f"is {opened.width} x {opened.height}, but {partner} is {image.width} x {image.height}"
+        raise DataError(f"{path}: {sizes}")
+    return opened
 
 
 def open_image(path):
@@ -269,6 +340,10 @@ def open_image(path):
     image = decoded(path)
     if image.mode not in ("RGB", "RGBA", "P", "L", "LA", "1"):
         raise DataError(f"{path}: expected an 8-bit RGB image, found mode {image.mode}")
+    if image.format == "PNG" and bit_depth(path) == 16:
+        raise DataError(
+            f"{path}: expected an 8-bit RGB image, found 16 bits, of which the upper 8 may be dark"
+        )
     if image.format != "PNG":
         with contextlib.suppress(Exception):  # broken EXIF says nothing about orientation
             image = ImageOps.exif_transpose(image)
@@ -278,20 +353,30 @@ def open_image(path):
 def open_label(path):
     """Decoded label as a Pillow image of trainIds; its name says whether it stores labelIds or trainIds."""
     image = decoded(path)
-    depth = Path(path).read_bytes()[24]  # where a PNG says it; Pillow spreads 4-bit greys over 0 to 255
-    if image.format != "PNG" or image.mode not in ("L", "P") or (image.mode == "L" and depth != 8):
-        found = f"{image.format}, mode {image.mode}" + (f", {depth} bits" if image.format == "PNG" else "")
+    if image.mode == "P":  # what rewrites a file may renumber its palette
+        greys = (
+            "Image.open(FILE).convert('L') if it looks grey, else Image.frombytes('L', i.size, i.tobytes())"
+        )
+        raise DataError(
+            f"{path}: has a palette, so its numbers are not sure to be classes; save it as {greys}"
+        )
+    if image.format != "PNG" or image.mode != "L" or bit_depth(path) != 8:
+        found = f"{image.format}, mode {image.mode}"
+        if image.format == "PNG":
+            found += f", {bit_depth(path)} bits"
         raise DataError(f"{path}: expected an 8-bit single-channel PNG, found {found}")
-    if image.mode == "P":
-        colours, indices = image.getpalette(), Image.frombytes("L", image.size, image.tobytes())
-        greys = image.convert("L") if colours[::3] == colours[1::3] == colours[2::3] else indices
-        apart = len(greys.getcolors(256)) == len(indices.getcolors(256))
-        image = greys if apart else indices  # an optimiser's palette holds the values, others colour them
     train_ids = Path(path).stem.lower().endswith("labeltrainids")
     largest = len(CLASSES) - 1 if train_ids else max(LABEL_IDS)
-    if wrong := [value for _, value in image.getcolors(256) if largest < value < IGNORE]:
+    wrong = [value for _, value in image.getcolors(256) if largest < value < IGNORE]
+    if wrong:
         raise DataError(f"{path}: holds the value {wrong[0]}, but labels are 0 to {largest} and {IGNORE}")
     return image if train_ids else image.point(TO_TRAIN_ID)
+
+
+def bit_depth(path):
+    """Of a PNG, as its header says: Pillow spreads 4-bit greys over 0 to 255, and halves 16 bits to 8."""
+    with open(path, "rb") as file:
+        return file.read(25)[24]
 
 
 def decoded(path):
@@ -299,10 +384,12 @@ def decoded(path):
     try:
         image = Image.open(path, formats=("PNG", "JPEG", "WEBP"))
         image.load()
-        return image
     except Exception as error:  # noqa: BLE001
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path}: not a readable image ({reason})") from None
+    if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
+        raise DataError(f"{path}: expected one picture, found {image.n_frames} in one file")
+    return image
 
 
 def colourise(labels):
