@@ -3,8 +3,11 @@
 Domains: source_day (S_d), source_night (S_n), target_day (T_d), target_night (T_n). At test time M_n is used.
 """
 
+import collections
 import contextlib
 import copy
+import functools
+import types
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +18,12 @@ import losses
 from losses import check_shapes, most_probable, pseudo_labels, segmentation_loss
 from models import ProjectionHead
 
+WEIGHTS = {"pseudo": 1.0, "content": 1.0, "style": 1.0}  # of the terms beside the segmentation's
+IMAGES = ("source_day", "source_night", "target_day", "target_night")
 NIGHT_STYLES = ("random", "color", "histogram", "fda")
 NIGHT_WEIGHTS = ("norm", "shared", "separate")
+CONSTANTS = (int, float, str, bytes, type(None), type, torch.dtype, torch.device, types.ModuleType,
+             types.FunctionType, types.BuiltinFunctionType)  # fmt: skip
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 BLUR = v2.RandomApply([v2.GaussianBlur(7, (0.15, 1.15))], p=0.5)
 STRONG = v2.Compose([v2.ColorJitter(0.4, 0.4, 0.4, 0.1), BLUR])
@@ -27,76 +34,113 @@ class CCDistill(nn.Module):
 
     model: M_d. Called with images (B, 3, H, W) float RGB in [0, 1], it returns (features, logits): F
     (B, C, h, w), what its classifier sees, and P (B, K, H, W), at the labels' size; `model.feature_channels`
-    is C. projection False: e is F averaged over positions. A term of weight 0 (but for js) is not computed.
-    target_paired: T_d[i] and T_n[i] show one place; then num_static, how many classes (the first ones) do not
-    move, must be given unless K is 19. joint: S and T are one batch to batch norm, as in the figure; else
-    (ours) each domain has batch statistics of its own, and only the source's enter the running ones."""
+    is C, and K is at most 255. M_n is a copy of it, see `night_model`. weights: of the terms, where they
+    differ from WEIGHTS; a term of weight 0 is not computed. js_weight: of JS within CDC. projection False: e
+    is F averaged over positions. target_paired: T_d[i] and T_n[i] show one place; then num_static, how many
+    classes (the first ones) do not move, must be given unless K is 19. joint: S and T are one batch to batch
+    norm, as in the figure; else (ours) each domain has batch statistics of its own, and only the source's
+    enter the running ones. teacher: see `teach`; it moves by teacher_share in each call, so divide that by
+    the number of calls whose gradients you add up for one step."""
 
-    def __init__(self, model, *, night_weights="norm", joint=False, night_style="random", projection=True,
-                 content_weight=1.0, style_weight=1.0, js_weight=0.01, pseudo_weight=1.0,
-                 pseudo_threshold=0.9, target_paired=True, teacher=True, num_static=None):  # fmt: skip
+    def __init__(self, model, *, weights=None, js_weight=0.01, pseudo_threshold=0.9, night_weights="norm",
+                 night_style="random", joint=False, projection=True, target_paired=True, num_static=None,
+                 teacher=True, teacher_share=0.01):  # fmt: skip
         super().__init__()
+        self.weights = WEIGHTS | (weights or {})
+        if self.weights.keys() != WEIGHTS.keys():
+            raise ValueError(f"weights: expected some of {list(WEIGHTS)}, got {list(weights)}")
+        self.js_weight, self.pseudo_threshold = js_weight, pseudo_threshold
+        self.style, self.joint = night_style, joint
+        self.target_paired, self.num_static = target_paired, num_static
         self.day, self.night = model, night_model(model, night_weights)
-        pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.projection = ProjectionHead(model.feature_channels) if projection and content_weight else pool
-        networks = nn.ModuleDict({"day": self.day, "night": self.night})
-        self.teacher = copy.deepcopy(networks).requires_grad_(False) if teacher and pseudo_weight else None
-        self.joint, self.style, self.target_paired = joint, night_style, target_paired
-        self.content_weight, self.style_weight, self.js_weight = content_weight, style_weight, js_weight
-        self.pseudo_weight, self.pseudo_threshold = pseudo_weight, pseudo_threshold
-        self.num_static = num_static
+        self.projection = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        if projection and self.weights["content"]:
+            self.projection = ProjectionHead(model.feature_channels)
+        self.teacher, self.teacher_share = None, teacher_share
+        if teacher and self.weights["pseudo"]:
+            self.teacher = copied(nn.ModuleDict({"day": self.day, "night": self.night})).requires_grad_(False)
+        self.values_seen = False
 
     def forward(self, batch, adapt=True):
         """batch: source_day, target_day, target_night, each (B, 3, H, W) float RGB in [0, 1], source_label
-        (B, H, W) int64, source_night if it is ready-made; ValueError for other shapes or values. Returns a
+        (B, H, W) int64, source_night if it is ready-made; whatever else it holds is not looked at. Returns a
         dict of scalars: each term, unweighted, the parts of CDC, and total. adapt=False: only the source is
-        learned from, and the teacher is a copy of the networks."""
-        check_images(**{name: images for name, images in batch.items() if name != "source_label"})
-        s_d, y = batch["source_day"], batch["source_label"]
-        check_shapes(3, source_label=y, source_day=s_d[:, 0])
-        if self.teacher and self.training:
-            self.update_teacher(0.01 if adapt else 1.0)
+        learned from, and the teacher is a copy of the networks. ValueError for other shapes, values far
+        outside [0, 1] (a GPU is asked once: it would stall), or a network that does not return the above."""
+        self.check(batch)
+        s_d, label = batch["source_day"], batch["source_label"]
         s_n = batch.get("source_night")
         if s_n is None:  # Trans
             s_n = night_style(s_d, batch["target_night"], self.style)
+        if self.teacher and self.training:
+            self.update_teacher(self.teacher_share if adapt else 1.0)
         if not adapt:
-            p_sd, p_sn = self.day(s_d)[1], self.night(s_n)[1]
-            if self.target_paired and self.pseudo_weight:  # raises now, not when the targets join
-                losses.static_classes(p_sd.shape[1], self.num_static)
-            seg_day, seg_night = segmentation_loss(p_sd, y), segmentation_loss(p_sn, y)
+            seg_day = segmentation_loss(self.look(self.day, s_d)[1], label)
+            seg_night = segmentation_loss(self.look(self.night, s_n)[1], label)
             return {"seg_day": seg_day, "seg_night": seg_night, "total": seg_day + seg_night}
 
         t_d, t_n = batch["target_day"], batch["target_night"]
+        seen_d, seen_n, answers = t_d, t_n, None
         if self.teacher:
-            t_d, t_n, y_td, y_tn, w_td, w_tn = self.teach(s_n, y, t_d, t_n)
-        if self.joint:
-            (f_sd, f_td), (p_sd, p_td) = (x.chunk(2) for x in self.day(torch.cat([s_d, t_d])))
-            (f_sn, f_tn), (p_sn, p_tn) = (x.chunk(2) for x in self.night(torch.cat([s_n, t_n])))
-        else:
-            f_sd, p_sd = self.day(s_d)
-            f_sn, p_sn = self.night(s_n)
-            with momentum((self.day, self.night), 0.0):  # running statistics are the source's alone
-                f_td, p_td = self.day(t_d)
-                f_tn, p_tn = self.night(t_n)
-        terms = {"seg_day": segmentation_loss(p_sd, y), "seg_night": segmentation_loss(p_sn, y)}
-        if self.pseudo_weight:
-            if not self.teacher:  # own confident predictions, as in the figure
-                day_logits, w_td, w_tn = p_td if self.target_paired else None, None, None
-                y_td = pseudo_labels(p_td, threshold=self.pseudo_threshold)
-                y_tn = pseudo_labels(p_tn, day_logits, self.pseudo_threshold, self.num_static)
+            seen_d, seen_n, *answers = self.teach(s_n, label, t_d, t_n)
+        (f_sd, p_sd), (f_td, p_td) = self.look_at_both(self.day, s_d, seen_d)
+        (f_sn, p_sn), (f_tn, p_tn) = self.look_at_both(self.night, s_n, seen_n)
+
+        terms = {"seg_day": segmentation_loss(p_sd, label), "seg_night": segmentation_loss(p_sn, label)}
+        if self.weights["pseudo"]:
+            y_td, y_tn, w_td, w_tn = answers or self.own_answers(p_td, p_tn)
             terms["pseudo"] = segmentation_loss(p_td, y_td, w_td) + segmentation_loss(p_tn, y_tn, w_tn)
-        if self.content_weight:
+        if self.weights["content"]:
             e = [self.projection(f) for f in (f_sd, f_sn, f_td, f_tn)]
-            parts = losses.content_terms(*e, target_paired=self.target_paired)
-            content = parts["inherent"] + parts["illumination"] + self.js_weight * parts["js"]
-            terms |= {"content": content, **parts}
-        if self.style_weight:
+            terms["content"] = losses.content_distill(
+                *e, js_weight=self.js_weight, target_paired=self.target_paired, parts=terms
+            )
+        if self.weights["style"]:
             terms["style"] = losses.style_distill(f_sd, f_sn, f_td, f_tn, target_paired=self.target_paired)
-        terms["total"] = (  # a term of your own: put it into terms above, and add it here
-            terms["seg_day"] + terms["seg_night"] + self.pseudo_weight * terms.get("pseudo", 0)
-            + self.content_weight * terms.get("content", 0) + self.style_weight * terms.get("style", 0)
-        )  # fmt: skip
+        # L = L_seg_d + L_seg_n + w_pseudo L_pseudo + w_content L_CDC + w_style L_CDS
+        weighted = [weight * terms[name] for name, weight in self.weights.items() if weight]
+        terms["total"] = sum(weighted, start=terms["seg_day"] + terms["seg_night"])
         return terms
+
+    def check(self, batch):
+        """ValueError, as `forward` says, for a batch that does not fit."""
+        images = {name: batch[name] for name in IMAGES if batch.get(name) is not None}
+        check_images(images, values=not self.values_seen)
+        self.values_seen = True
+        check_shapes(3, source_label=batch["source_label"], source_day=batch["source_day"][:, 0])
+
+    def look(self, network, images):
+        """(F, P) of a network, which must be what `forward` needs of it, also while the source is alone."""
+        features, logits = network(images)
+        batch, _, *size = images.shape
+        channels, classes = self.day.feature_channels, logits.shape[1]
+        as_map = features.ndim == 4 and features.shape[:2] == (batch, channels)
+        if not as_map or logits.shape != (batch, classes, *size) or classes > 255:
+            wanted = f"features (B, feature_channels = {channels}, h, w) and logits (B, at most 255, H, W)"
+            got = f"{tuple(features.shape)} and {tuple(logits.shape)} of images {tuple(images.shape)}"
+            raise ValueError(f"the network's output: expected {wanted}, got {got}")
+        if self.target_paired and self.weights["pseudo"]:
+            losses.static_classes(classes, self.num_static)
+        return features, logits
+
+    def look_at_both(self, network, source, target):
+        """(F, P) of S and (F, P) of T. joint: of one batch. Else each has batch statistics of its own, and the
+        source's alone enter the running ones."""
+        if self.joint:
+            features, logits = self.look(network, torch.cat([source, target]))
+            f_s, f_t = features.chunk(2)
+            p_s, p_t = logits.chunk(2)
+            return (f_s, p_s), (f_t, p_t)
+        of_source = self.look(network, source)
+        with statistics_kept(network):
+            return of_source, self.look(network, target)
+
+    def own_answers(self, p_td, p_tn):
+        """Without a teacher, as in the figure: labels are the networks' own confident predictions."""
+        day = p_td if self.target_paired else None
+        y_td = pseudo_labels(p_td, threshold=self.pseudo_threshold)
+        y_tn = pseudo_labels(p_tn, day, self.pseudo_threshold, self.num_static)
+        return y_td, y_tn, None, None
 
     @torch.no_grad()
     def teach(self, s_n, label, t_d, t_n):
@@ -107,60 +151,58 @@ class CCDistill(nn.Module):
         classes that S_n shows are pasted into T_n with their labels (DACS; Tranheden et al., WACV 2021), and
         both images get strong colours and blur."""
         teacher = self.teacher.eval()
-        p_td, p_tn = teacher["day"](t_d)[1], teacher["night"](t_n)[1]
-        c_td, y_td = most_probable(p_td)
-        c_tn, y_tn = most_probable(p_tn, p_td if self.target_paired else None, self.num_static)
-        confident = [(c >= self.pseudo_threshold).float() for c in (c_td, c_tn)]
-        w_td, w_tn = [share.mean((1, 2), keepdim=True).expand_as(share) for share in confident]
+        _, p_td = self.look(teacher["day"], t_d)
+        _, p_tn = self.look(teacher["night"], t_n)
+        confidence_d, y_td = most_probable(p_td)
+        confidence_n, y_tn = most_probable(p_tn, p_td if self.target_paired else None, self.num_static)
+        w_td, w_tn = self.share_of_confident(confidence_d), self.share_of_confident(confidence_n)
         paste = half_of_the_classes(label)
         y_tn, w_tn = torch.where(paste, label, y_tn), w_tn.masked_fill(paste, 1.0)
         with torch.autocast(t_n.device.type, enabled=False):
-            t_d, t_n = STRONG(t_d), STRONG(torch.where(paste[:, None], s_n, t_n))
-        return t_d, t_n, y_td, y_tn, w_td, w_tn
+            seen_d = STRONG(t_d)
+            seen_n = STRONG(torch.where(paste[:, None], s_n, t_n))
+        return seen_d, seen_n, y_td, y_tn, w_td, w_tn
+
+    def share_of_confident(self, confidence):
+        """For each pixel the share of its image's pixels that are at least that confident, (B, H, W)."""
+        confident = (confidence >= self.pseudo_threshold).float()
+        return confident.mean((1, 2), keepdim=True).expand_as(confident)
 
     @torch.no_grad()
     def update_teacher(self, share):
         """Move the teacher's weights by this share towards the networks'; its norms take their statistics."""
-        teacher, networks = self.teacher, nn.ModuleDict({"day": self.day, "night": self.night})
-        torch._foreach_lerp_([*teacher.parameters()], [*networks.parameters()], share)  # one kernel for all
-        mine, theirs = ([b for b in m.buffers() if b.is_floating_point()] for m in (teacher, networks))
-        if mine:
-            torch._foreach_copy_(mine, theirs)
+        networks = nn.ModuleDict({"day": self.day, "night": self.night})
+        mine, theirs = list(self.teacher.parameters()), list(networks.parameters())
+        if any(parameter.dtype.itemsize < 4 for parameter in mine):
+            raise ValueError("a teacher of half-precision weights would stand still: use autocast instead")
+        torch._foreach_lerp_(mine, theirs, share)  # one kernel for all
+        buffers = zip(self.teacher.buffers(), networks.buffers(), strict=True)
+        pairs = [pair for pair in buffers if pair[0].is_floating_point()]
+        if pairs:
+            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
 
-def check_images(**images):
-    """ValueError unless all are float (B, 3, H, W) of one shape, in [0, 1] (on a CPU: a GPU would stall)."""
+def check_images(images, values=True):
+    """ValueError unless all of a dict's are float RGB (B, 3, H, W) of one shape, and in [0, 1] but for what
+    resizing adds. values: look at these on a GPU too, which makes it wait."""
     check_shapes(4, **images)
     for name, x in images.items():
-        low, high = (limit.item() for limit in x.aminmax()) if x.device.type == "cpu" else (0, 1)
-        if x.shape[1] != 3 or not x.is_floating_point() or not 0 <= low <= high <= 1:
+        low, high = 0, 1
+        if values or x.device.type == "cpu":
+            low, high = (limit.item() for limit in x.aminmax())
+        if x.shape[1] != 3 or not x.is_floating_point() or not -0.2 <= low <= high <= 1.2:
             wanted = "expected float RGB (B, 3, H, W) in [0, 1], not normalised (uint8: divide by 255)"
             raise ValueError(f"{name}: {wanted}, got {tuple(x.shape)} {x.dtype}, {low:.3g} to {high:.3g}")
 
 
-@contextlib.contextmanager
-def momentum(networks, value):
-    """Inside, running statistics of the networks' norms move with this momentum (0: not at all, no call is
-    counted; None: as a plain average over batches, begun anew). Yields the norms."""
-    norms = [m for m in nn.ModuleList(networks).modules() if getattr(m, "track_running_stats", False)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    try:
-        for norm, (_, count) in zip(norms, before, strict=True):
-            uncounted = value == 0 and not isinstance(norm, nn.SyncBatchNorm)  # which has to count
-            norm.momentum, norm.num_batches_tracked = value, None if uncounted else torch.zeros_like(count)
-        yield norms
-    finally:
-        for norm, its_own in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = its_own
-
-
 def half_of_the_classes(label):
     """(B, H, W) bool: the pixels of half (rounded up) of the classes that each label (B, H, W) holds."""
-    there = torch.zeros(len(label), 256, device=label.device).scatter_(1, label.flatten(1), 1.0)
-    there[:, 255] = 0
-    order = ((1 + torch.rand_like(there)) * there).argsort(1, descending=True)  # at random, absent ones last
-    chosen = order.argsort(1) < (there.sum(1, keepdim=True) + 1) // 2  # by rank
-    return chosen.gather(1, label.flatten(1)).view_as(label)
+    present = torch.zeros(len(label), 256, device=label.device).scatter_(1, label.flatten(1), 1.0)
+    present[:, 255] = 0
+    score = (1 + torch.rand_like(present)) * present  # at random; 0 for a class that is absent
+    rank = score.argsort(1, descending=True).argsort(1)
+    taken = rank < (present.sum(1, keepdim=True) + 1) // 2
+    return taken.gather(1, label.flatten(1)).view_as(label)
 
 
 def night_model(day, night_weights):
@@ -170,27 +212,121 @@ def night_model(day, night_weights):
         raise ValueError(f"night_weights: expected one of {NIGHT_WEIGHTS}, got {night_weights!r}")
     if night_weights == "shared":
         return day
-    others = [m for m in day.modules() if night_weights == "norm" and not isinstance(m, NORMS)]
-    shared = {id(p): p for module in others for p in module.parameters(recurse=False)}
-    return copy.deepcopy(day, shared)  # which copies nothing that it finds there
+    shared = {}  # deepcopy copies nothing that it finds here
+    for module in day.modules():
+        if night_weights == "norm" and not is_norm(module):
+            shared |= {id(parameter): parameter for parameter in module.parameters(recurse=False)}
+    return copied(day, shared)
+
+
+def copied(network, shared=None):
+    """A deep copy. ValueError for a network whose copy would go on using the original, in silence."""
+    say = "make it a method, or a function of the module alone that sets self.features = ..."
+    for name, module in network.named_modules():
+        if hasattr(module, "_orig_mod"):  # torch.compile's wrapper, which a copy makes anew
+            continue
+        for attribute, value in vars(module).items():
+            no_matter = "state_dict" in attribute or attribute == "_compiled_call_impl"
+            if not no_matter and holds_on(value):
+                where = f"{type(module).__name__} {name}: {attribute}"
+                what = "is a function that uses an object around it, and a copy would use the same object"
+                raise ValueError(f"{where} {what}: {say}")
+    return copy.deepcopy(network, shared)
+
+
+def holds_on(value):
+    """Is value, or in a list or dict one of it, a function that uses an object around it?"""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return any(holds_on(each) for each in value)
+    if isinstance(value, functools.partial):
+        value = value.func
+    if not isinstance(value, types.FunctionType):
+        return False
+    around = [cell.cell_contents for cell in value.__closure__ or ()]
+    return not all(each is value or constant(each) for each in around)
+
+
+def constant(value):
+    """Does a copy of this value mean the same as the value?"""
+    if isinstance(value, tuple):
+        return all(constant(each) for each in value)
+    return isinstance(value, CONSTANTS) and not holds_on(value)
+
+
+def is_norm(module):
+    """Is it one of torch's norms, of a subclass, or of a class of one's own that has a `running_mean`?"""
+    return isinstance(module, NORMS) or hasattr(module, "running_mean")
+
+
+def norms_with_statistics(network):
+    """The network's norms whose running statistics move with a `momentum`, as torch's do."""
+    norms = [module for module in network.modules() if is_norm(module) and hasattr(module, "momentum")]
+    return [norm for norm in norms if norm.running_mean is not None]
+
+
+@contextlib.contextmanager
+def statistics_kept(network):
+    """Inside, norms use the statistics of their batch, but their running ones do not move, no call counts."""
+    norms = norms_with_statistics(network)
+    momenta = [norm.momentum for norm in norms]
+    counts = [count.clone() for count in counters(norms)]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        if counts:
+            torch._foreach_copy_(counters(norms), counts)
+
+
+def counters(norms):
+    counts = [getattr(norm, "num_batches_tracked", None) for norm in norms]
+    return [count for count in counts if count is not None]
 
 
 @torch.no_grad()
-def take_night_statistics(network, nights):
-    """Give M_n's batch norms the statistics of real target nights when training has ended (ours; AdaBN, Li et
-    al., 2017): in training they were those of S_n. nights: batches (B, 3, H, W) of T_n in [0, 1], of any
-    size, each counted alike; ValueError without one. The network is in eval mode afterwards."""
+def take_statistics(network, batches):
+    """Give a network's norms the statistics of real images when training has ended (ours; AdaBN, Li et al.,
+    2017): to M_n those of target nights, for in training they were those of S_n.
+
+    batches: images (B, 3, H, W) float RGB in [0, 1], of any size; statistics are the plain mean over a norm's
+    calls. A norm that sees one value a channel, as behind pooling, keeps its own. ValueError without a batch.
+    The network is in eval mode afterwards; after an error with the statistics that it had."""
+    norms = norms_with_statistics(network)
+    momenta = [norm.momentum for norm in norms]
+    before = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
+    calls = collections.Counter()
+
+    def average(norm, inputs):
+        images = inputs[0]
+        norm.train(images.numel() > images.shape[1])
+        calls[norm] += norm.training
+        norm.momentum = 1 / max(1, calls[norm])
+
+    hooks = [norm.register_forward_pre_hook(average) for norm in norms]
     network.eval()
     images = None
-    with momentum([network], None) as norms:
-        for norm in norms:
-            norm.train(isinstance(norm, nn.modules.batchnorm._BatchNorm))
-        for images in nights:
-            check_images(nights=images)
-            network(images)
-    network.eval()
-    if images is None:
-        raise ValueError("nights: no batch to take statistics of")
+    taken = False
+    try:
+        with torch.compiler.set_stance("force_eager"):  # a compiled network would not see the hooks
+            for images in batches:
+                check_images({"images": images})
+                network(images)
+        if images is None:
+            raise ValueError("batches: no batch to take statistics of")
+        taken = True
+    finally:
+        for norm, hook, momentum, buffers in zip(norms, hooks, momenta, before, strict=True):
+            hook.remove()
+            norm.momentum = momentum
+            for name, buffer in buffers.items():
+                if not taken or not buffer.is_floating_point():  # counters stay, so it can be done twice
+                    norm.get_buffer(name).copy_(buffer)
+        network.eval()
 
 
 @torch.no_grad()
@@ -201,9 +337,10 @@ def night_style(day, night, method="random"):
     color: each RGB channel takes the night's mean and deviation (after Reinhard et al., 2001). histogram: the
     night's whole histogram. random: one of these two, drawn for each image. fda: the lowest spatial
     frequencies take the night's amplitude (Yang & Soatto, CVPR 2020, with their beta 0.01)."""
-    check_images(day=day)
-    check_images(night=night)
-    dtype, day, night = day.dtype, day.float(), night.float()
+    check_images({"day": day}, values=False)
+    check_images({"night": night}, values=False)
+    dtype = day.dtype
+    day, night = day.float().clamp(0, 1), night.float().clamp(0, 1)
     if method == "random":
         coin = torch.rand(len(day), 1, 1, 1, device=day.device) < 0.5
         styled = torch.where(coin, colors(day, night), histograms(day, night))
