@@ -15,6 +15,8 @@ import io
 import json
 import os
 import sys
+import tempfile
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -31,28 +33,43 @@ SIZES = {"darkzurich": (1920, 1080), "cityscapes": (2048, 1024)}  # what the tes
 MEANS = ("miou", "miou_present", "pixel_accuracy")
 
 
-@torch.no_grad()
-def evaluate(model, samples, device, workers=1, each=None, scales=(1.0,), flip=False):
-    """Scores of a model on [Sample]; scales, flip: see `probabilities`. For every image it calls each(item of
-    datasets.load, prediction (H, W) int64, confidence (H, W)). The model's modules keep their modes."""
+def evaluate(model, samples, device, workers=1, scales=(1.0,), flip=False):
+    """Scores of a model on labelled [Sample]; see `predictions`. The model's modules keep their modes."""
     classes = len(datasets.NAMES)
     counts = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+    with evaluating(model):
+        for item, prediction, _ in predictions(model, samples, device, workers, scales, flip):
+            counts += count(item["label"], prediction, classes)
+    return scores(counts)
+
+
+@torch.no_grad()
+def predictions(model, samples, device, workers=1, scales=(1.0,), flip=False):
+    """Yield (item of datasets.load, prediction (H, W) int64, confidence (H, W)) for each [Sample], of a model
+    in eval mode; scales, flip: see `probabilities`. ValueError for another number of classes."""
+    for item in datasets.prefetch(datasets.load, samples, workers):
+        images = item["image"][None].to(device) / 255
+        probability = probabilities(model, images, scales, flip)[0]
+        if len(probability) != len(datasets.NAMES):
+            raise ValueError(
+                f"expected a network of {len(datasets.NAMES)} classes, not of {len(probability)}"
+            )
+        confidence, prediction = probability.max(0)
+        if confidence.isnan().any():
+            raise models.WeightsError(f"{item['name']}: the network puts out nan")
+        yield item, prediction, confidence
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Inside, the model is in eval mode; afterwards each of its modules is in the mode that it had."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        for item in datasets.ahead(datasets.load, samples, workers):
-            images = item["image"][None].to(device) / 255
-            confidence, prediction = probabilities(model, images, scales, flip)[0].max(0)
-            if confidence.isnan().any():
-                raise models.WeightsError(f"{item['name']}: the network puts out nan")
-            if "label" in item:
-                counts += count(item["label"], prediction, classes)
-            if each:
-                each(item, prediction, confidence)
+        yield
     finally:
         for module, training in modes:
             module.training = training
-    return scores(counts)
 
 
 def count(label, prediction, num_classes):
@@ -86,10 +103,13 @@ def table(*results):
 
 def probabilities(model, images, scales=(1.0,), flip=False):
     """Softmax (B, K, H, W) of images (B, 3, H, W), averaged over scales and flips."""
-    size, views = images.shape[2:], []
+    size = images.shape[2:]
+    views = []
     for scale in scales:
-        resized = [max(1, round(side * scale)) for side in size]
-        scaled = F.interpolate(images, resized, mode="bilinear", antialias=True) if scale != 1 else images
+        scaled = images
+        if scale != 1:
+            resized = [max(1, round(side * scale)) for side in size]
+            scaled = F.interpolate(images, resized, mode="bilinear", antialias=True)
         views.append(model(scaled)[1].softmax(1))
         if flip:
             views.append(model(scaled.flip(3))[1].softmax(1).flip(3))
@@ -103,17 +123,19 @@ def load_model(path, which="night", device="cpu"):
     of a last.pt. Raises models.WeightsError."""
     content = models.read_file(path)
     state = models.weights_in(content, path, which)
-    if "architecture" not in state or len(state.get("classifier.4.bias", ())) != len(datasets.NAMES):
-        raise models.WeightsError(f"{path}: no night.pt or last.pt that train.py wrote, of 19 classes")
-    backbone, output_stride = state["architecture"].tolist()
-    model = models.DeepLab(models.BACKBONES[backbone], output_stride=output_stride)
-    models.load_weights(model, state, path)
+    models.check_head(state, path)
+    args = content.get("args") if isinstance(content, dict) else None
+    if not isinstance(args, dict) or not {"backbone", "output_stride"} <= args.keys():
+        raise models.WeightsError(f"{path}: no night.pt or last.pt that train.py wrote")
+    model = models.DeepLab(args["backbone"], len(datasets.NAMES), args["output_stride"])
+    models.fit(model, state, path)
     return model.to(device, memory_format=torch.channels_last).eval(), content
 
 
-def drawn(image, prediction, confidence):
+def pictures_of(image, prediction, confidence):
     """{kind: Pillow image, at the image's own size} of what --out and --submit write."""
-    ids, levels = TF.to_pil_image(prediction.byte().cpu()), (confidence.cpu().double() * 65535).round()
+    ids = TF.to_pil_image(prediction.byte().cpu())
+    levels = (confidence.cpu().double() * 65535).round()
     colours = TF.to_pil_image(datasets.colourise(prediction))
     return {
         "labelTrainIds": ids,
@@ -136,36 +158,83 @@ def entries(layout, name):
     """{entry of a test server's zip: what it holds} for the image of this name."""
     if layout == "cityscapes":
         return {f"{name}.png": "labelIds"}
+    name = name.removesuffix("_rgb_anon")
     folders = ("labelTrainIds", "labelTrainIds_invalid", "confidence")
-    return {f"{f}/{name.removesuffix('_rgb_anon')}.png": f.removesuffix("_invalid") for f in folders}
+    return {f"{folder}/{name}.png": folder.removesuffix("_invalid") for folder in folders}
 
 
 @contextlib.contextmanager
 def submission(path, layout, samples):
-    """A zip for a test server; yields add(name, pictures of `drawn`). Dark Zurich: labelTrainIds/,
+    """A zip for a test server; yields add(name, the `pictures_of` it). Dark Zurich: labelTrainIds/,
     labelTrainIds_invalid/ (the same) and confidence/ (16 bit, 65535 times the largest softmax). Cityscapes:
     labelIds. It is written aside, compared with the images' names, and then gets its name."""
-    wanted = sorted(entry for sample in samples for entry in entries(layout, Path(sample.image).stem))
-    if len({*wanted}) < len(wanted):
+    wanted = []
+    for sample in samples:
+        wanted += entries(layout, Path(sample.image).stem)
+    if alike(wanted):
         raise datasets.DataError(f"{path}: two images would have one name in it")
 
     def add(name, pictures):
-        if (size := pictures["labelIds"].size) != SIZES[layout]:
+        size = pictures["labelIds"].size
+        if size != SIZES[layout]:
             raise datasets.DataError(f"{name}: the server wants {SIZES[layout]}, not {size}")
         for entry, kind in entries(layout, name).items():
-            pictures[kind].save(png := io.BytesIO(), format="PNG")
-            archive.writestr(entry, png.getvalue())
+            png = io.BytesIO()
+            pictures[kind].save(png, format="PNG")
+            archive.writestr(zipfile.ZipInfo(entry), png.getvalue())  # of 1980: a clock may say 1970
 
     aside = Path(f"{path}.tmp")
     try:
         with zipfile.ZipFile(aside, "w") as archive:
             yield add
-            if odd := sorted({*archive.namelist()} ^ {*wanted}):
+            odd = sorted({*archive.namelist()} ^ {*wanted})
+            if odd:
                 raise datasets.DataError(f"{path}: entries and images differ: {odd[:3]}")
         aside.replace(path)
-        print(f"{path}: {len(wanted)} entries, as the images are named", flush=True)
+        say(f"{path}: {len(wanted)} entries, as the images are named")
     finally:
         aside.unlink(missing_ok=True)
+
+
+def alike(names):
+    """Are there two names that a disk may not tell apart, as with capitals or accents?"""
+    return len({unicodedata.normalize("NFC", name).casefold() for name in names}) < len(names)
+
+
+def say(text):
+    """Print a line. A closed terminal, or one that cannot show a name in it, ends no run."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    with contextlib.suppress(OSError):
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+def write_whole(path, content):
+    """Write bytes beside `path`, and then let them take its place: `path` never holds half of them."""
+    aside = Path(f"{path}.tmp")
+    try:
+        aside.write_bytes(content)
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise OSError(f"{path}: not written ({error.strerror}); what it held is still whole") from None
+
+
+def make_room(path):
+    """Make the folder that a file will be written into, and see now, not in hours, that it can be."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        tempfile.TemporaryFile(dir=Path(path).parent).close()
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def check_device(parser, device):
+    """End with a line that says what to do where torch cannot use this device."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # without a driver; without CUDA
+        reason = str(error).split("\n")[0]
+        parser.error(f"--device {device}: {reason} (--device cpu works everywhere)")
 
 
 def parse_args(argv=None):
@@ -173,7 +242,8 @@ def parse_args(argv=None):
         usage="python evaluate.py --checkpoint FILE --darkzurich DIR [options]", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
-    add, data = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
+    add = parser.add_argument
+    data = parser.add_mutually_exclusive_group(required=True)
     add("--checkpoint", metavar="FILE", required=True, help="night.pt or last.pt of train.py")
     for layout in datasets.LAYOUTS:
         data.add_argument(f"--{layout}", metavar="DIR", help="predict and score its --split")
@@ -188,57 +258,83 @@ def parse_args(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--workers", type=int, default=1, help="decoding threads")
     args = parser.parse_args(argv)
-    given = [(name, root) for name in datasets.LAYOUTS if (root := getattr(args, name.replace("-", "_")))]
-    args.layout, args.root = given[0] if given else (None, None)
     if args.images and not args.out:
         parser.error("--images has nothing to score: give --out DIR for the predictions")
-    if args.submit and (args.layout not in SIZES or args.split not in (None, "test")):
+    layout, _ = data_of(args)
+    if args.submit and (layout not in SIZES or args.split not in (None, "test")):
         parser.error("--submit is for the test split of --darkzurich or --cityscapes")
-    args.split = args.split or ("test" if args.submit or args.layout == "nighttime-driving" else "val")
-    for path in filter(os.path.exists, filter(None, (args.out, args.json, args.submit))):
-        if path != args.out or not os.path.isdir(path) or os.listdir(path):
+    if min(args.scales) <= 0:
+        parser.error("--scales are above 0")
+    for path in filter(None, (args.out, args.json, args.submit)):
+        empty_folder = path == args.out and os.path.isdir(path) and not os.listdir(path)
+        if os.path.exists(path) and not empty_folder:
             parser.error(f"{path} exists: give a new one")
+    check_device(parser, args.device)
     return args
+
+
+def data_of(args):
+    """(layout, its folder) of the data set that the arguments name; None, None with --images."""
+    for layout in datasets.LAYOUTS:
+        root = getattr(args, layout.replace("-", "_"))
+        if root:
+            return layout, root
+    return None, None
 
 
 def main(argv=None):
     args = parse_args(argv)
+    layout, root = data_of(args)
     if args.images:
         samples = datasets.pictures(args.images)
     else:
-        samples = datasets.samples(args.layout, args.root, args.split)
+        test = args.submit or layout == "nighttime-driving"
+        split = args.split or ("test" if test else "val")
+        samples = datasets.samples(layout, root, split)
     labelled = samples[0].label is not None
-    print(f"{len(samples)} images, {'labelled' if labelled else 'no labels'}", flush=True)
+    say(f"{len(samples)} images, {'labelled' if labelled else 'no labels'}")
     if not (labelled or args.out or args.submit):
-        raise datasets.DataError(f"{args.root}: no labels of {args.split}: give --out or --submit")
-    if labelled and (warning := datasets.label_warning(samples)):
-        print(warning, flush=True)
+        raise datasets.DataError(f"{root}: no labels of {split}: give --out or --submit")
+    warning = datasets.label_warning(samples) if labelled else None
+    if warning:
+        say(warning)
     model, content = load_model(args.checkpoint, args.model, args.device)
     for path in filter(None, (args.json, args.submit, args.out and f"{args.out}/x")):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    names = [Path(sample.image).stem for sample in samples]
-    if len({*names}) < len(names):  # equal names in several folders
-        names = [f"{n:05}_{name}" for n, name in enumerate(names)]
-    with submission(args.submit, args.layout, samples) if args.submit else contextlib.nullcontext() as pack:
-
-        def each(item, prediction, confidence):
-            pictures, name = drawn(item["image"], prediction, confidence), names.pop(0)
-            if args.out:
-                for kind in ("labelTrainIds", "labelIds", "color", "overlay"):
-                    Path(args.out, kind).mkdir(exist_ok=True)
-                    pictures[kind].save(Path(args.out, kind, f"{name}.png"), compress_level=1)  # fast
-            if pack:
-                pack(item["name"], pictures)
-
-        each = each if args.out or pack else None
-        result = evaluate(model, samples, args.device, args.workers, each, scales=args.scales, flip=args.flip)
+        make_room(path)
+    result = {"images": len(samples)}
+    with submission(args.submit, layout, samples) if args.submit else contextlib.nullcontext() as add:
+        counts = predict(model, samples, add, args)
     if labelled:
-        print(table(result))
+        result = scores(counts) | result
+        say(table(result))
     if args.json:
-        result = (result if labelled else {}) | {"images": len(samples), "args": vars(args)}
+        result |= {"args": vars(args)}
         result["checkpoint"] = {name: content[name] for name in ("step", "args") if name in content}
         valid = json.loads(json.dumps(result), parse_constant=lambda _: None)  # nan is no JSON: null
-        Path(args.json).write_text(json.dumps(valid, indent=1))
+        write_whole(args.json, json.dumps(valid, indent=1).encode())
+
+
+def predict(model, samples, add, args):
+    """Write the predictions that --out and --submit (by `add`) want. Returns the (19, 19) pixel counts."""
+    names = [Path(sample.image).stem for sample in samples]
+    if alike(names):  # of several folders
+        names = [f"{n:05}_{name}" for n, name in enumerate(names)]
+    classes = len(datasets.NAMES)
+    counts = torch.zeros(classes, classes, dtype=torch.int64, device=args.device)
+    views = predictions(model, samples, args.device, args.workers, args.scales, args.flip)
+    for name, (item, prediction, confidence) in zip(names, views, strict=True):
+        if "label" in item:
+            counts += count(item["label"], prediction, classes)
+        if not (args.out or add):
+            continue
+        pictures = pictures_of(item["image"], prediction, confidence)
+        if args.out:
+            for kind in ("labelTrainIds", "labelIds", "color", "overlay"):
+                Path(args.out, kind).mkdir(exist_ok=True)
+                pictures[kind].save(Path(args.out, kind, f"{name}.png"), compress_level=1)  # fast
+        if add:
+            add(item["name"], pictures)
+    return counts
 
 
 if __name__ == "__main__":
