@@ -228,9 +228,8 @@ def copied(network, shared=None):
         for attribute, value in vars(module).items():
             no_matter = "state_dict" in attribute or attribute == "_compiled_call_impl"
             if not no_matter and holds_on(value):
-                where = f"{type(module).__name__} {name}: {attribute}"
                 what = "is a function that uses an object around it, and a copy would use the same object"
-                raise ValueError(f"{where} {what}: {say}")
+                raise ValueError(f"{name or 'the network'}: {attribute} {what}: {say}")
     return copy.deepcopy(network, shared)
 
 

@@ -586,8 +586,7 @@ def test_the_teacher_is_a_copy_until_the_targets_join_and_rests_in_eval_mode():
 
 
 @pytest.mark.parametrize("paired", [True, False])
-def test_the_teacher_labels_the_plain_images_and_the_confident_share_weighs(monkeypatch, paired):
-    monkeypatch.setattr(ccdistill, "STRONG", nn.Identity())
+def test_the_teacher_labels_the_plain_images_and_the_confident_share_weighs(paired):
     method = ccdistill.CCDistill(Own(), target_paired=paired)
     batch = toy_batch(8)
     s_n, t_d, t_n = [batch[name] for name in ccdistill.IMAGES[1:]]
@@ -749,8 +748,14 @@ class Tapped(nn.Module):
             self.net.drop.register_forward_hook(lambda _, i, out: seen.update(features=out))
         elif how == "self":
             self.net.drop.register_forward_hook(lambda _, i, out: setattr(self, "features", out))
+        elif how == "partial":
+            keep = functools.partial(lambda name, _, i, out: seen.update({name: out}), "features")
+            self.net.drop.register_forward_hook(keep)
         elif how == "attribute":
             self.net.read = lambda: seen["features"]
+        elif how == "function in a function":
+            read = lambda: seen["features"]  # noqa: E731
+            self.net.read = lambda: read()
         elif how == "in a list":
             self.steps = [functools.partial(lambda images, net: net(images), net=3), lambda x: self.net(x)]
         elif how == "module":
@@ -771,7 +776,9 @@ class Tapped(nn.Module):
         return features, logits
 
 
-@pytest.mark.parametrize("how", ["closure", "self", "attribute", "in a list"])
+@pytest.mark.parametrize("how", [
+    "closure", "self", "partial", "attribute", "function in a function", "in a list",
+])  # fmt: skip
 def test_a_network_whose_copy_would_use_the_original_is_refused(how):
     fails(
         ValueError,
@@ -827,6 +834,12 @@ def test_dilation_computes_the_same_on_a_denser_grid(backbone, stride):
     sparse = nn.Sequential(*list(theirs.children())[:-2])(images)
     dense = model.backbone(images)[..., :: 32 // stride, :: 32 // stride]
     assert dense.shape == sparse.shape and (dense - sparse).abs().max() < 1e-4 * sparse.abs().max()
+
+
+@pytest.mark.parametrize("stride, rates", [(16, [6, 12, 18]), (8, [12, 24, 36])])
+def test_atrous_rates_are_those_of_deeplab_v3(narrow, stride, rates):
+    _, *branches = models.DeepLab(output_stride=stride).classifier[0].convs
+    assert [branch[0].dilation for branch in branches] == [(rate, rate) for rate in rates]
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -1852,8 +1865,8 @@ def test_a_byte_order_mark_is_no_matter(city, checkpoint, tmp_path):
 def test_one_process_at_a_time_trains_into_an_out(city, tmp_path):
     process = start(command("train.py", *training(city, tmp_path / "run", "--steps", 9999, "--log-every", 1)))
     assert any(line.startswith("step 1/") for line in process.stdout), process.stderr.read()
-    message = "args.json: another process trains there .*torchrun"
-    fails(DataError, message, trained, city, tmp_path / "run", "--steps", 9999, "--resume")
+    args = train.parse_args(training(city, tmp_path / "run", "--steps", 9999, "--resume"))
+    fails(DataError, "args.json: another process trains there .*torchrun", train.claim(args).__enter__)
     process.kill()
     process.wait()
 
