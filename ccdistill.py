@@ -18,7 +18,7 @@ import losses
 from losses import check_shapes, most_probable, pseudo_labels, segmentation_loss
 from models import ProjectionHead
 
-WEIGHTS = {"pseudo": 1.0, "content": 1.0, "style": 1.0}  # of the terms beside the segmentation's
+WEIGHTS = {"pseudo": 0.5, "content": 1.0, "style": 1.0}  # of the terms beside the segmentation's
 IMAGES = ("source_day", "source_night", "target_day", "target_night")
 NIGHT_STYLES = ("random", "color", "histogram", "fda")
 NIGHT_WEIGHTS = ("norm", "shared", "separate")
