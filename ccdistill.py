@@ -119,6 +119,8 @@ class CCDistill(nn.Module):
             wanted = f"features (B, feature_channels = {channels}, h, w) and logits (B, at most 255, H, W)"
             got = f"{tuple(features.shape)} and {tuple(logits.shape)} of images {tuple(images.shape)}"
             raise ValueError(f"the network's output: expected {wanted}, got {got}")
+        if logits.requires_grad and not features.requires_grad:  # a copy's hook, say, that fills the original
+            raise ValueError("the network's features have no gradient: they are not of this call")
         if self.target_paired and self.weights["pseudo"]:
             losses.static_classes(classes, self.num_static)
         return features, logits
@@ -226,32 +228,37 @@ def copied(network, shared=None):
         if hasattr(module, "_orig_mod"):  # torch.compile's wrapper, which a copy makes anew
             continue
         for attribute, value in vars(module).items():
-            no_matter = "state_dict" in attribute or attribute == "_compiled_call_impl"
-            if not no_matter and holds_on(value):
+            if "state_dict" in attribute or attribute == "_compiled_call_impl":  # no matter, or not copied
+                continue
+            values = value.values() if isinstance(value, dict) else [value]
+            if isinstance(value, list | tuple):
+                values = value
+            if any(holds_on(each) for each in values):
                 what = "is a function that uses an object around it, and a copy would use the same object"
                 raise ValueError(f"{name or 'the network'}: {attribute} {what}: {say}")
     return copy.deepcopy(network, shared)
 
 
-def holds_on(value):
-    """Is value, or in a list or dict one of it, a function that uses an object around it?"""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return any(holds_on(each) for each in value)
+def holds_on(value, known=()):
+    """Is value a function that uses an object around it, by a closure, a default or as its method?"""
     if isinstance(value, functools.partial):
         value = value.func
-    if not isinstance(value, types.FunctionType):
+    if isinstance(value, types.BuiltinFunctionType):
+        return not constant(value.__self__)
+    if not isinstance(value, types.FunctionType) or value in known:
         return False
-    around = [cell.cell_contents for cell in value.__closure__ or ()]
-    return not all(each is value or constant(each) for each in around)
+    around = list(value.__defaults__ or ())
+    for cell in value.__closure__ or ():
+        with contextlib.suppress(ValueError):  # an empty one
+            around.append(cell.cell_contents)
+    return not all(constant(each, (*known, value)) for each in around)
 
 
-def constant(value):
+def constant(value, known=()):
     """Does a copy of this value mean the same as the value?"""
     if isinstance(value, tuple):
-        return all(constant(each) for each in value)
-    return isinstance(value, CONSTANTS) and not holds_on(value)
+        return all(constant(each, known) for each in value)
+    return isinstance(value, CONSTANTS) and not holds_on(value, known)
 
 
 def is_norm(module):

@@ -753,8 +753,13 @@ class Tapped(nn.Module):
             self.net.drop.register_forward_hook(keep)
         elif how == "attribute":
             self.net.read = lambda: seen["features"]
+        elif how == "default":
+            self.net.drop.register_forward_hook(lambda _, i, out, to=seen: to.update(features=out))
+        elif how == "method of a list":
+            add = [].append
+            self.net.drop.register_forward_hook(lambda _, i, out: add(out))
         elif how == "function in a function":
-            read = lambda: seen["features"]  # noqa: E731
+            read = lambda: seen["features"]
             self.net.read = lambda: read()
         elif how == "in a list":
             self.steps = [functools.partial(lambda images, net: net(images), net=3), lambda x: self.net(x)]
@@ -765,6 +770,9 @@ class Tapped(nn.Module):
         elif how == "constants":
             slope, kinds = 0.1, (torch.float32, "x")
             self.act = lambda x: nn.functional.leaky_relu(x, slope).to(kinds[0])
+            again = self.again = lambda x: again(x - 1) if x else 0
+            self.table = {}
+            self.table["itself"] = self.table
 
     def keep(self, _, inputs, output):
         self.features = output
@@ -777,7 +785,7 @@ class Tapped(nn.Module):
 
 
 @pytest.mark.parametrize("how", [
-    "closure", "self", "partial", "attribute", "function in a function", "in a list",
+    "closure", "self", "partial", "attribute", "default", "method of a list", "function in a function", "in a list",
 ])  # fmt: skip
 def test_a_network_whose_copy_would_use_the_original_is_refused(how):
     fails(
@@ -795,6 +803,11 @@ def test_other_hooks_are_copied_with_the_network(how):
     terms = method(toy_batch())
     (gradient,) = torch.autograd.grad(terms["style"], method.night.net.body[1].weight)
     assert gradient.abs().max() > 0
+
+
+def test_features_of_another_call_are_refused():  # as of a hook that fills a global dict
+    method = ccdistill.CCDistill(Odd(lambda features, logits: (features.detach(), logits)))
+    fails(ValueError, "features have no gradient: they are not of this call", method, BATCH, False)
 
 
 def test_half_precision_under_a_teacher_is_refused():
