@@ -59,14 +59,15 @@ class CCDistill(nn.Module):
         self.teacher, self.teacher_share = None, teacher_share
         if teacher and self.weights["pseudo"]:
             self.teacher = copied(nn.ModuleDict({"day": self.day, "night": self.night})).requires_grad_(False)
-        self.values_seen = False
+        self.values_seen = set()  # the names of the images whose range was looked at
 
     def forward(self, batch, adapt=True):
         """batch: source_day, target_day, target_night, each (B, 3, H, W) float RGB in [0, 1], source_label
         (B, H, W) int64, source_night if it is ready-made; whatever else it holds is not looked at. Returns a
         dict of scalars: each term, unweighted, the parts of CDC, and total. adapt=False: only the source is
         learned from, and the teacher is a copy of the networks. ValueError for other shapes, values far
-        outside [0, 1] (a GPU is asked once: it would stall), or a network that does not return the above."""
+        outside [0, 1] (on a GPU in the first call alone: to read them back makes it wait), or a network that does
+        not return the above."""
         self.check(batch)
         s_d, label = batch["source_day"], batch["source_label"]
         s_n = batch.get("source_night")
@@ -105,13 +106,18 @@ class CCDistill(nn.Module):
     def check(self, batch):
         """ValueError, as `forward` says, for a batch that does not fit."""
         images = {name: batch[name] for name in IMAGES if batch.get(name) is not None}
-        check_images(images, values=not self.values_seen)
-        self.values_seen = True
+        check_images(images, values=images.keys() - self.values_seen)
+        self.values_seen |= images.keys()
         check_shapes(3, source_label=batch["source_label"], source_day=batch["source_day"][:, 0])
 
     def look(self, network, images):
         """(F, P) of a network, which must be what `forward` needs of it, also while the source is alone."""
-        features, logits = network(images)
+        output = network(images)
+        if not isinstance(output, tuple | list) or len(output) != 2:
+            raise ValueError(
+                f"the network's output: expected (features, logits), got a {type(output).__name__}"
+            )
+        features, logits = output
         batch, _, *size = images.shape
         channels, classes = self.day.feature_channels, logits.shape[1]
         as_map = features.ndim == 4 and features.shape[:2] == (batch, channels)
@@ -119,8 +125,6 @@ class CCDistill(nn.Module):
             wanted = f"features (B, feature_channels = {channels}, h, w) and logits (B, at most 255, H, W)"
             got = f"{tuple(features.shape)} and {tuple(logits.shape)} of images {tuple(images.shape)}"
             raise ValueError(f"the network's output: expected {wanted}, got {got}")
-        if logits.requires_grad and not features.requires_grad:  # a copy's hook, say, that fills the original
-            raise ValueError("the network's features have no gradient: they are not of this call")
         if self.target_paired and self.weights["pseudo"]:
             losses.static_classes(classes, self.num_static)
         return features, logits
@@ -135,7 +139,12 @@ class CCDistill(nn.Module):
             return (f_s, p_s), (f_t, p_t)
         of_source = self.look(network, source)
         with statistics_kept(network):
-            return of_source, self.look(network, target)
+            of_target = self.look(network, target)
+        if of_source[0] is of_target[0]:  # a copy's hook, say, fills a dict that the copy does not read
+            raise ValueError(
+                "the network's features are the same tensor in two calls: they are not of the call"
+            )
+        return of_source, of_target
 
     def own_answers(self, p_td, p_tn):
         """Without a teacher, as in the figure: labels are the networks' own confident predictions."""
@@ -178,19 +187,18 @@ class CCDistill(nn.Module):
         if any(parameter.dtype.itemsize < 4 for parameter in mine):
             raise ValueError("a teacher of half-precision weights would stand still: use autocast instead")
         torch._foreach_lerp_(mine, theirs, share)  # one kernel for all
-        buffers = zip(self.teacher.buffers(), networks.buffers(), strict=True)
-        pairs = [pair for pair in buffers if pair[0].is_floating_point()]
-        if pairs:
-            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+        mine, theirs = [[b for b in m.buffers() if b.is_floating_point()] for m in (self.teacher, networks)]
+        if mine:
+            torch._foreach_copy_(mine, theirs)
 
 
-def check_images(images, values=True):
+def check_images(images, values=()):
     """ValueError unless all of a dict's are float RGB (B, 3, H, W) of one shape, and in [0, 1] but for what
-    resizing adds. values: look at these on a GPU too, which makes it wait."""
+    resizing adds. values: the names of those whose range is looked at on a GPU too, which makes it wait."""
     check_shapes(4, **images)
     for name, x in images.items():
         low, high = 0, 1
-        if values or x.device.type == "cpu":
+        if name in values or x.device.type == "cpu":
             low, high = (limit.item() for limit in x.aminmax())
         if x.shape[1] != 3 or not x.is_floating_point() or not -0.2 <= low <= high <= 1.2:
             wanted = "expected float RGB (B, 3, H, W) in [0, 1], not normalised (uint8: divide by 255)"
@@ -223,7 +231,10 @@ def night_model(day, night_weights):
 
 def copied(network, shared=None):
     """A deep copy. ValueError for a network whose copy would go on using the original, in silence."""
-    say = "make it a method, or a function of the module alone that sets self.features = ..."
+    say = (
+        "M_n and the teacher are copies, and theirs would still use that one. Keep features by a method that "
+    )
+    say += "sets self.features = ..."
     for name, module in network.named_modules():
         if hasattr(module, "_orig_mod"):  # torch.compile's wrapper, which a copy makes anew
             continue
@@ -234,9 +245,13 @@ def copied(network, shared=None):
             if isinstance(value, list | tuple):
                 values = value
             if any(holds_on(each) for each in values):
-                what = "is a function that uses an object around it, and a copy would use the same object"
-                raise ValueError(f"{name or 'the network'}: {attribute} {what}: {say}")
-    return copy.deepcopy(network, shared)
+                what = f"{attribute} holds a function that uses an object around it (a closure)"
+                raise ValueError(f"{name or 'the network'}: {what}: {say}")
+    try:
+        return copy.deepcopy(network, shared)
+    except RuntimeError as error:  # it keeps a tensor with a history
+        say = "build CCDistill before the network's first call, or make that call under torch.no_grad()"
+        raise ValueError(f"the network cannot be copied ({str(error).splitlines()[0][:99]}): {say}") from None
 
 
 def holds_on(value, known=()):
@@ -277,7 +292,8 @@ def statistics_kept(network):
     """Inside, norms use the statistics of their batch, but their running ones do not move, no call counts."""
     norms = norms_with_statistics(network)
     momenta = [norm.momentum for norm in norms]
-    counts = [count.clone() for count in counters(norms)]
+    counters = [norm.num_batches_tracked for norm in norms if hasattr(norm, "num_batches_tracked")]
+    counts = [counter.clone() for counter in counters]
     try:
         for norm in norms:
             norm.momentum = 0.0
@@ -286,12 +302,7 @@ def statistics_kept(network):
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         if counts:
-            torch._foreach_copy_(counters(norms), counts)
-
-
-def counters(norms):
-    counts = [getattr(norm, "num_batches_tracked", None) for norm in norms]
-    return [count for count in counts if count is not None]
+            torch._foreach_copy_(counters, counts)
 
 
 @torch.no_grad()
@@ -320,7 +331,7 @@ def take_statistics(network, batches):
     try:
         with torch.compiler.set_stance("force_eager"):  # a compiled network would not see the hooks
             for images in batches:
-                check_images({"images": images})
+                check_images({"images": images}, values=["images"])
                 network(images)
         if images is None:
             raise ValueError("batches: no batch to take statistics of")
@@ -343,8 +354,8 @@ def night_style(day, night, method="random"):
     color: each RGB channel takes the night's mean and deviation (after Reinhard et al., 2001). histogram: the
     night's whole histogram. random: one of these two, drawn for each image. fda: the lowest spatial
     frequencies take the night's amplitude (Yang & Soatto, CVPR 2020, with their beta 0.01)."""
-    check_images({"day": day}, values=False)
-    check_images({"night": night}, values=False)
+    check_images({"day": day})
+    check_images({"night": night})
     dtype = day.dtype
     day, night = day.float().clamp(0, 1), night.float().clamp(0, 1)
     if method == "random":

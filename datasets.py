@@ -169,7 +169,9 @@ def find(root, name, ending, must_exist=True, alone=True):
         if path.name.lower().endswith(ending.lower()):
             key = path.relative_to(folder).as_posix()[: -len(ending)]
             if key in found:
-                raise DataError(f"{path}: has the name of {found[key].name} beside it: which is meant?")
+                raise DataError(
+                    f"{path}: {found[key].name} beside it has the same name but for capitals: remove one"
+                )
             found[key] = path
         elif is_picture(path) and (alone or path.stem.endswith(Path(ending).stem)):
             raise DataError(f"{path}: expected a name that ends with {ending}")
@@ -341,9 +343,7 @@ def open_image(path):
     if image.mode not in ("RGB", "RGBA", "P", "L", "LA", "1"):
         raise DataError(f"{path}: expected an 8-bit RGB image, found mode {image.mode}")
     if image.format == "PNG" and bit_depth(path) == 16:
-        raise DataError(
-            f"{path}: expected an 8-bit RGB image, found 16 bits, of which the upper 8 may be dark"
-        )
+        raise DataError(f"{path}: expected an 8-bit RGB image, found 16 bits a channel: convert it to 8")
     if image.format != "PNG":
         with contextlib.suppress(Exception):  # broken EXIF says nothing about orientation
             image = ImageOps.exif_transpose(image)

@@ -34,7 +34,7 @@ class DeepLab(nn.Module):
         imagenet = "IMAGENET1K_V1" if weights == "imagenet" else None
         try:
             resnet = getattr(torchvision.models, backbone)(weights=imagenet)
-        except OSError as error:  # urllib's
+        except (OSError, RuntimeError) as error:  # no network; not the whole file
             ways = "--weights FILE takes a file of them, --weights none starts from nothing"
             raise WeightsError(
                 f"imagenet: torchvision's weights cannot be downloaded ({error}): {ways}"
@@ -137,7 +137,8 @@ def load_weights(model, path):
     elif pools(state):
         spared = ("classifier.", "architecture")
         warnings.warn(
-            f"{path}: its head has a pooled branch and is left out: the backbone alone", stacklevel=3
+            f"{path}: its head has a pooled branch and is left out: only the backbone's weights are used",
+            stacklevel=3,
         )
     elif "classifier.4.bias" in state and len(state["classifier.4.bias"]) != len(model.classifier[4].bias):
         spared = ("classifier.4.",)

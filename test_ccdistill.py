@@ -384,6 +384,17 @@ def test_the_total_is_the_weighted_sum(teacher):
     close(terms["total"], terms["seg_day"] + terms["seg_night"] + weighted, 1e-6)
 
 
+def test_under_autocast_logits_and_losses_are_float32(narrow):
+    method = ccdistill.CCDistill(models.DeepLab(), weights={"pseudo": 1.0})
+    batch = {name: nn.functional.interpolate(x, (32, 48)) for name, x in toy_batch().items() if x.ndim == 4}
+    batch["source_label"] = torch.randint(0, 19, (2, 32, 48))
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = method(batch)
+        features, logits = method.day(batch["source_day"])
+    assert features.dtype == torch.bfloat16 and logits.dtype == torch.float32
+    assert {term.dtype for term in terms.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("teacher", [True, False])
 def test_a_term_of_weight_zero_is_not_computed(monkeypatch, teacher):
     monkeypatch.setattr(losses, "content_distill", None)  # whoever calls it, fails
@@ -404,8 +415,8 @@ def test_a_term_of_ones_own_needs_a_weight_and_a_value(monkeypatch):
 
     monkeypatch.setattr(losses, "content_distill", with_mine)
     terms = ccdistill.CCDistill(Own())(toy_batch())
-    parts = [terms[name] for name in ("seg_day", "seg_night", "pseudo", "content", "style")]
-    close(terms["total"], sum(parts) + 0.5 * terms["mine"], 1e-5)
+    known = [terms[name] for name in ("seg_day", "seg_night", "content", "style")]
+    close(terms["total"], sum(known) + 0.5 * terms["pseudo"] + 0.5 * terms["mine"], 1e-5)
 
 
 @pytest.mark.parametrize("joint", [True, False])
@@ -718,6 +729,7 @@ def test_a_step_looks_at_what_it_uses_alone():
     (Odd(lambda f, p: (f.flatten(2), p)), r"feature_channels = 6, .*, got \(2, 6, 96\)"),
     (Odd(lambda f, p: (f, p[..., ::2])), r"logits .* and \(2, 19, 16, 12\) of images \(2, 3, 16, 24\)"),
     (Odd(lambda f, p: (f, p), 256), r"at most 255, .* and \(2, 256,"),
+    (Odd(lambda f, p: {"out": p}.keys()), "expected .features, logits., got a dict_keys"),
     (Own(5), "of the 5 classes"),
 ])  # fmt: skip
 def test_a_network_that_does_not_fit_is_told_in_the_first_step(network, message, adapt):
@@ -790,7 +802,7 @@ class Tapped(nn.Module):
 def test_a_network_whose_copy_would_use_the_original_is_refused(how):
     fails(
         ValueError,
-        "a function that uses an object around it.* make it a method",
+        "a function that uses an object around it .a closure.: .* sets self.features",
         ccdistill.CCDistill,
         Tapped(how),
     )
@@ -806,8 +818,24 @@ def test_other_hooks_are_copied_with_the_network(how):
 
 
 def test_features_of_another_call_are_refused():  # as of a hook that fills a global dict
-    method = ccdistill.CCDistill(Odd(lambda features, logits: (features.detach(), logits)))
-    fails(ValueError, "features have no gradient: they are not of this call", method, BATCH, False)
+    stale = torch.rand(2, 6, 8, 12)
+    network = Odd(None)
+    network.change = functools.partial(lambda features, logits, stale: (stale, logits), stale=stale)
+    fails(ValueError, "the same tensor in two calls", ccdistill.CCDistill(network), BATCH)
+
+
+def test_a_network_that_keeps_a_call_cannot_be_copied():
+    network = Tapped("method")
+    network(BATCH["source_day"])
+    fails(ValueError, "cannot be copied .* before the network's first call", ccdistill.CCDistill, network)
+
+
+def test_compiled_networks_are_copied():
+    method = ccdistill.CCDistill(torch.compile(Own(), backend="eager"), night_weights="separate")
+    with torch.no_grad():
+        method.night.classifier.weight.zero_()
+    assert method.day.classifier.weight.abs().max() > 0
+    assert method(BATCH)["total"] > 0
 
 
 def test_half_precision_under_a_teacher_is_refused():
@@ -1108,8 +1136,8 @@ def test_layouts(tmp_path, layout, split, image, label, image_in, label_in, endi
     (IMAGE, lambda p: p.rename(p.with_suffix(".jpg")), "_leftImg8bit.jpg: expected a name that ends"),
     (IMAGE, lambda p: picture(p.with_name("another.tif")), "another.tif: expected a name that ends"),
     (LABEL, lambda p: p.rename(p.with_suffix(".bmp")), "labelIds.bmp: expected a name that ends"),
-    (IMAGE, lambda p: shutil.copy(p, p.with_suffix(".PNG")), "has the name of .* which is meant"),
-    (LABEL, lambda p: shutil.copy(p, p.with_suffix(".PNG")), "has the name of .* which is meant"),
+    (IMAGE, lambda p: shutil.copy(p, p.with_suffix(".PNG")), "has the same name but for capitals: remove one"),
+    (LABEL, lambda p: shutil.copy(p, p.with_suffix(".PNG")), "has the same name but for capitals: remove one"),
 ])  # fmt: skip
 def test_a_part_of_the_data_that_is_missing_or_there_twice_is_told(tree, split, name, act, message):
     act(min(tree.rglob(f"{split}/demo/{name}")))
@@ -1216,6 +1244,7 @@ BROKEN_EXIF = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01" * 9
     ("", redraw(lambda image: image.convert("CMYK"), "JPEG")),
     ("", redraw(kind="TIFF")),
     ("", redraw(save_all=True, append_images=[Image.new("L", (9, 9))])),
+    ("", redraw(lambda image: image.convert("RGB"), "WEBP", save_all=True, append_images=[Image.new("RGB", (256, 128), 9)])),
     ("", lambda path: with_depth(path, 16, 2, b"\x07\xff" * 3)),  # 12 bits in 16, as cv2 writes raw frames
     ("", lambda path: with_depth(path, 16, 6, b"\x07\xff" * 4)),
     ("image", redraw(kind="JPEG")),
@@ -1407,6 +1436,7 @@ def trained(city, out, *more):
 def nothing_stops():
     yield
     train.STOP.clear()
+    assert signal.getsignal(signal.SIGTERM) is not train.on_signal  # a run gives its handlers back
 
 
 @pytest.fixture(scope="session")
@@ -1518,7 +1548,7 @@ def test_pictures_of_names_that_a_disk_may_not_tell_apart_are_numbered(checkpoin
 ZIPS = [
     ("cityscapes", "leftImg8bit/test/berlin/b_{}_leftImg8bit.png", {"b_{}_leftImg8bit.png": "L"}),
     ("darkzurich", "rgb_anon/test/night/G/G_{}_rgb_anon.png", {
-        "labelTrainIds/G_{}.png": "L", "labelTrainIds_invalid/G_{}.png": "L", "confidence/G_{}.png": "I;16"}),
+        "labelTrainIds/G_{}.png": "L", "labelTrainIds_invalid/G_{}.png": "L", "confidence/G_{}.png": "I"}),
 ]  # fmt: skip
 
 
@@ -1531,7 +1561,8 @@ def test_submissions(checkpoint, tmp_path, monkeypatch, data, image, entries):
     with zipfile.ZipFile(tmp_path / "x.zip") as packed:
         found = {name: Image.open(packed.open(name)).copy() for name in packed.namelist()}
     expected = {entry.format(n): mode for entry, mode in entries.items() for n in (1, 2)}
-    assert {name: image.mode for name, image in found.items()} == expected
+    modes = {name: image.mode.replace(";16", "") for name, image in found.items()}  # older Pillows: I
+    assert modes == expected
 
     model, _ = evaluate.load_model(checkpoint)
     pixels = datasets.load(datasets.Sample(path))["image"]
@@ -1590,6 +1621,13 @@ def test_a_full_disk_leaves_no_half_of_a_file(tmp_path, monkeypatch):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["whole"]
 
 
+def test_odd_arguments_are_named_by_their_type(capsys):
+    for value, message in (("x", "invalid int value: 'x'"), ("0", "0 is not above 0")):
+        with pytest.raises(SystemExit):
+            train.parse_args(["--demo", "--steps", value])
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("encoding, name", [("ascii", "Z\u00fcrich"), ("utf-8", "Z\udcfcrich")])
 def test_a_name_that_a_terminal_cannot_show_ends_nothing(tmp_path, monkeypatch, encoding, name):
     with open(tmp_path / "log.txt", "w", encoding=encoding) as log:
@@ -1632,6 +1670,29 @@ def test_train_save_evaluate(city, tmp_path, capsys):
     assert night["miou"] != evaluated(out / "last.pt", *data, "--model", "day")["miou"]
     state = models.read_file(out / "night.pt")["model"]
     assert_same_state(models.DeepLab(weights=out / "last.pt").state_dict(), state)
+
+
+def test_speeds_count_the_images_of_all_domains(capsys, monkeypatch):
+    monkeypatch.setattr(time, "monotonic", lambda: 12.0)
+    args = train.argparse.Namespace(steps=8, adapt_from=0.5, batch_size=3, day_only=False, device="cpu")
+    for step, day_only, images in ((4, False, 6), (6, False, 12), (6, True, 3)):
+        args.day_only = day_only
+        assert train.report({"step": step}, (step - 2, 10.0), args) == (step, 12.0)
+        assert f"1.00 steps/s  {images}.0 images/s" in capsys.readouterr().out
+
+
+def test_an_error_in_a_validation_loses_no_step(city, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "validate", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trained(city, tmp_path / "run", "--steps", 4, "--eval-every", 2, "--day-only")
+    assert len(log_of(tmp_path / "run")) == 2
+
+
+def test_a_second_ctrl_c_stops_at_once_but_not_after_a_bad_file():
+    train.STOP.append(DataError("x.png: bad"))
+    train.on_signal(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        train.on_signal(signal.SIGINT, None)
 
 
 def test_the_rate_decays_polynomially(city, tmp_path):
@@ -1698,7 +1759,7 @@ def test_what_does_not_fit_the_targets_is_told_before_the_first_step(tree, tmp_p
     for path in (tree / "darkzurich/rgb_anon/train/day").rglob("*.png"):
         Image.open(path).resize((255, 128)).save(path)
     fails(DataError, "is 255 x 128, but .*is 256 x 128", trained, tree, tmp_path / "run", "--steps", 100)
-    assert "step 1/" not in capsys.readouterr().out and not (tmp_path / "run/last.pt").exists()
+    assert "step 1/" not in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
 def test_a_rehearsal_keeps_nothing(city, tmp_path):
@@ -1823,8 +1884,9 @@ def test_a_signal_after_the_last_step_lets_the_run_end(city, tmp_path, monkeypat
     assert (tmp_path / "run/night.pt").exists() and "goes on" not in capsys.readouterr().out
 
 
-def test_an_out_belongs_to_one_run(city, checkpoint, tmp_path):
+def test_an_out_belongs_to_one_run(city, checkpoint, tmp_path, monkeypatch):
     begin = functools.partial(trained, city, checkpoint.parent, "--steps", 2)
+    same = train.parse_args(training(city, checkpoint.parent, "--steps", 2, "--resume"))
     fails(DataError, "holds args.json: add --resume", begin)
     for more, message in (
         ("--steps 3", "steps 2 there, 3 here"),
@@ -1833,8 +1895,22 @@ def test_an_out_belongs_to_one_run(city, checkpoint, tmp_path):
         ("--pairs none", "paired corresp there, none here"),
         ("--amp bf16", "amp off there, bf16 here"),
         ("--no-teacher", "teacher"),
+        ("--night-statistics source", "night_statistics target there, source here"),
+        (f"--synthetic-night {city}/cityscapes", "ready_made False there, True here"),
     ):
         fails(DataError, f"args.json: is of another run: .*{message}", begin, "--resume", *more.split())
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "target", lambda args: "acdc")
+        fails(
+            DataError,
+            "target darkzurich there, acdc here",
+            train.compare,
+            checkpoint.with_name("args.json"),
+            same,
+        )
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "PROCESSES", 2)
+        fails(DataError, "processes 1 there, 2 here", train.compare, checkpoint.with_name("args.json"), same)
     moved = Path(shutil.copytree(city, tmp_path / "new"))
     begin("--resume", "--cityscapes", moved / "cityscapes", "--workers", 2)
 
@@ -1943,7 +2019,9 @@ def test_a_compiled_run_computes_the_same_and_resumes_without(city, tmp_path, mo
     monkeypatch.setattr(nn.Module, "compile", without_code)
     eager = trained(city, tmp_path / "eager", "--steps", 3, "--adapt-from", 0)[0]
     fast = trained(city, tmp_path / "fast", "--steps", 3, "--adapt-from", 0, "--compile")[0]
-    assert len(compiled) == 4 and float(eager["total"]) == pytest.approx(float(fast["total"]), rel=1e-5)
+    assert len(compiled) == 4
+    for name in ("total", "gradient"):
+        assert float(eager[name]) == pytest.approx(float(fast[name]), rel=1e-4)
     trained(
         city, tmp_path / "fast", "--steps", 3, "--adapt-from", 0, "--resume"
     )  # to compile is the machine's matter

@@ -50,10 +50,10 @@ def train(args):
     """One run, to OUT/night.pt after step --steps. Returns what `validate` does, by the first process."""
     stream, nights, validation = load_data(args)
     method, optimizer = build(args)
-    with claim(args):  # last, so that a wrong path leaves no OUT
+    if not Path(args.out, "last.pt").exists():
+        rehearse(method, stream, args)
+    with claim(args):  # last, so that what is wrong until here leaves no OUT
         start, rows = resume(method, optimizer, args)
-        if start == 0:
-            rehearse(method, stream, args)
         loop(method, optimizer, stream, validation, start, rows, args)
         if len(rows) < args.steps:
             return end_early()
@@ -84,9 +84,13 @@ def loop(method, optimizer, stream, validation, start, rows, args):
         due = step % args.eval_every == 0 and step < args.steps
         if step % args.log_every == 0 or step == args.steps:
             last_report = report(rows[-1], last_report, args)
-        outcome = validate(method, validation, rows, args) if due else None
-        if due or stop or step == args.steps:
-            save(method, optimizer, rows, args, outcome)
+        outcome = None
+        try:
+            if due:
+                outcome = validate(method, validation, rows, args)
+        finally:  # an error in there loses no step
+            if due or stop or step == args.steps:
+                save(method, optimizer, rows, args, outcome)
         if stop:
             break
 
@@ -148,7 +152,8 @@ def rehearse(method, stream, args):
     terms["total"].backward()
     method.zero_grad()
     moments = sum(2 * p.numel() * p.element_size() for p in method.parameters() if p.requires_grad)  # AdamW's
-    say(f"one step rehearsed: the run needs about {peak_memory(args) + moments / 2**20:.0f} MB")
+    if peak_memory(args):
+        say(f"one step rehearsed: the run needs about {peak_memory(args) + moments / 2**20:.0f} MB")
 
 
 @torch.compiler.set_stance("force_eager")  # frames come in many sizes
@@ -384,7 +389,7 @@ def claim(args):
             compare(path, args)
         elif existing[1:]:
             raise datasets.DataError(f"{path}: is empty beside {existing[1]}: choose another --out")
-        else:  # an empty one alone is of a start that was killed
+        else:  # new, or empty and alone: of a start that was killed before it wrote
             json.dump(vars(args) | identity(args), file, indent=1)
             file.flush()
         yield
@@ -422,7 +427,14 @@ def compare(path, args):
 def resume(method, optimizer, args):
     """With --resume, put OUT/last.pt into its places, if there is one. Returns (its step, the log's rows)."""
     path = Path(args.out, "last.pt")
-    if not (args.resume and path.exists()):
+    exists = torch.tensor([float(args.resume and path.exists())], device=args.device)
+    if PROCESSES > 1:
+        distributed.all_reduce(exists)
+        if 0 < exists < PROCESSES:
+            raise datasets.DataError(
+                f"{path}: not all processes see it: --out must be a folder that all share"
+            )
+    if not exists:
         return 0, []
     state = models.read_file(path)
     if not isinstance(state, dict) or not {"model", "optimizer", "rows", "step"} <= state.keys():
@@ -442,6 +454,7 @@ def positive(kind):
             raise argparse.ArgumentTypeError(f"{text} is not above 0")
         return number
 
+    convert.__name__ = kind.__name__  # argparse names it: invalid int value
     return convert
 
 
@@ -504,7 +517,7 @@ def parse_args(argv=None):
         parser.error("--adapt-from is a share of the steps, 0 to 1")
     if args.night_statistics == "target" and args.night_weights == "shared":
         parser.error("--night-statistics target needs norms of M_n's own: no --night-weights shared")
-    evaluate.check_device(parser, args.device)
+    evaluate.check_device(parser, its_own(args.device))
     return args
 
 
@@ -529,8 +542,18 @@ def demo(args):
     say(f"{out / 'comparison.png'}: night image, day-only, CCDistill, label")
 
 
+SIGNALS = (
+    "SIGINT",
+    "SIGTERM",
+    "SIGHUP",
+    "SIGUSR1",
+    "SIGUSR2",
+    "SIGXCPU",
+)  # batch systems send the last three
+
+
 def on_signal(number, _):
-    if STOP and number == signal.SIGINT:
+    if number == signal.SIGINT and any(isinstance(reason, int) for reason in STOP):
         raise KeyboardInterrupt
     STOP.append(number)
     say("finishing this step, then saving (Ctrl-C again: stop at once)")
@@ -539,29 +562,31 @@ def on_signal(number, _):
 def main(argv=None):
     args = parse_args(argv)
     torch.backends.cudnn.benchmark = True  # the crop is fixed
-    if PROCESSES > 1 and args.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    elif args.device.startswith("cuda:"):
-        torch.cuda.set_device(args.device)
+    device = its_own(args.device)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # "cuda" is this one from here on
     if PROCESSES > 1:
         distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
         if RANK:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    for name in (
-        "SIGINT",
-        "SIGTERM",
-        "SIGHUP",
-        "SIGUSR1",
-        "SIGUSR2",
-        "SIGXCPU",
-    ):  # batch systems send the last
+    handlers = {}
+    for name in SIGNALS:
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
-            signal.signal(number, on_signal)
-    run = demo if args.demo else train
-    run(args)
+            handlers[number] = signal.signal(number, on_signal)
+    try:
+        run = demo if args.demo else train
+        run(args)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if PROCESSES > 1:
         distributed.destroy_process_group()
+
+
+def its_own(device):
+    """torchrun's processes on a machine have a GPU each."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if LAUNCHED and device == "cuda" else device
 
 
 if __name__ == "__main__":
