@@ -114,9 +114,8 @@ class CCDistill(nn.Module):
         """(F, P) of a network, which must be what `forward` needs of it, also while the source is alone."""
         output = network(images)
         if not isinstance(output, tuple | list) or len(output) != 2:
-            raise ValueError(
-                f"the network's output: expected (features, logits), got a {type(output).__name__}"
-            )
+            got = type(output).__name__
+            raise ValueError(f"the network's output: expected (features, logits), got a {got}")
         features, logits = output
         batch, _, *size = images.shape
         channels, classes = self.day.feature_channels, logits.shape[1]
@@ -141,9 +140,7 @@ class CCDistill(nn.Module):
         with statistics_kept(network):
             of_target = self.look(network, target)
         if of_source[0] is of_target[0]:  # a copy's hook, say, fills a dict that the copy does not read
-            raise ValueError(
-                "the network's features are the same tensor in two calls: they are not of the call"
-            )
+            raise ValueError("the network's features are one tensor in two calls: they are not of the call")
         return of_source, of_target
 
     def own_answers(self, p_td, p_tn):
@@ -187,7 +184,8 @@ class CCDistill(nn.Module):
         if any(parameter.dtype.itemsize < 4 for parameter in mine):
             raise ValueError("a teacher of half-precision weights would stand still: use autocast instead")
         torch._foreach_lerp_(mine, theirs, share)  # one kernel for all
-        mine, theirs = [[b for b in m.buffers() if b.is_floating_point()] for m in (self.teacher, networks)]
+        mine = [buffer for buffer in self.teacher.buffers() if buffer.is_floating_point()]
+        theirs = [buffer for buffer in networks.buffers() if buffer.is_floating_point()]
         if mine:
             torch._foreach_copy_(mine, theirs)
 
@@ -315,7 +313,7 @@ def take_statistics(network, batches):
     The network is in eval mode afterwards; after an error with the statistics that it had."""
     norms = norms_with_statistics(network)
     momenta = [norm.momentum for norm in norms]
-    before = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
+    before = [copy.deepcopy(dict(norm.named_buffers())) for norm in norms]
     calls = collections.Counter()
 
     def average(norm, inputs):

@@ -30,7 +30,9 @@ CLASSES = (
 )  # fmt: skip
 NAMES, LABEL_IDS, COLOURS = map(list, zip(*CLASSES, strict=True))
 PALETTE = torch.tensor(COLOURS + [(0, 0, 0)] * (256 - len(CLASSES)), dtype=torch.uint8)
-TO_TRAIN_ID = [LABEL_IDS.index(v) if v in LABEL_IDS else IGNORE for v in range(256)]  # of a labelId
+TO_TRAIN_ID = [IGNORE] * 256  # of a labelId
+for train_id, label_id in enumerate(LABEL_IDS):
+    TO_TRAIN_ID[label_id] = train_id
 TO_LABEL_ID = LABEL_IDS + [0] * (256 - len(CLASSES))  # of a trainId
 # Where each data set keeps a split: images, how their names end, labels, how theirs go on (labelIds.png).
 LAYOUTS = {
@@ -75,10 +77,10 @@ def find_labels(root, name, middle):
         if labels:
             return labels
     folder = folder_of(root, name)
-    others = [path for path in walk(folder) if is_picture(path)] if folder else []
-    if others:
-        wanted = f"names that end with {middle}labelIds.png or {middle}labelTrainIds.png"
-        raise DataError(f"{folder}: no label in it: expected {wanted}, found {others[0].name}")
+    for path in walk(folder) if folder else ():
+        if is_picture(path):
+            wanted = f"names that end with {middle}labelIds.png or {middle}labelTrainIds.png"
+            raise DataError(f"{folder}: no label in it: expected {wanted}, found {path.name}")
     return {}
 
 
@@ -100,10 +102,11 @@ def targets(layout, root, pairs="corresp"):
         where = f"{root}/corresp/train/night" if pairs == "corresp" else pairs
         ways = "--pairs FILE names a csv of NIGHT,DAY lines, --pairs none takes unrelated images"
         raise DataError(f"{where}: no list of pairs there: {ways}")
-    listed = []
+    pairs = []
     for table in tables:
-        listed += read_pairs(table, days, nights)
-    return [day for day, _ in listed], [night for _, night in listed]
+        pairs += read_pairs(table, days, nights)
+    days, nights = zip(*pairs, strict=True)
+    return list(days), list(nights)
 
 
 def read_pairs(table, days, nights):
@@ -169,9 +172,7 @@ def find(root, name, ending, must_exist=True, alone=True):
         if path.name.lower().endswith(ending.lower()):
             key = path.relative_to(folder).as_posix()[: -len(ending)]
             if key in found:
-                raise DataError(
-                    f"{path}: {found[key].name} beside it has the same name but for capitals: remove one"
-                )
+                raise DataError(f"{path}: has the name of {found[key].name} but for capitals: remove one")
             found[key] = path
         elif is_picture(path) and (alone or path.stem.endswith(Path(ending).stem)):
             raise DataError(f"{path}: expected a name that ends with {ending}")
@@ -357,9 +358,7 @@ def open_label(path):
         greys = (
             "Image.open(FILE).convert('L') if it looks grey, else Image.frombytes('L', i.size, i.tobytes())"
         )
-        raise DataError(
-            f"{path}: has a palette, so its numbers are not sure to be classes; save it as {greys}"
-        )
+        raise DataError(f"{path}: has a palette, and its numbers may not be classes; save it as {greys}")
     if image.format != "PNG" or image.mode != "L" or bit_depth(path) != 8:
         found = f"{image.format}, mode {image.mode}"
         if image.format == "PNG":
@@ -416,7 +415,8 @@ def make_demo_city(root, train=160, val=24):
         return Path(root, name)
 
     pairs = ""
-    for split, n in [("train", n) for n in range(train)] + [("val", n) for n in range(val)]:
+    for number in range(train + val):
+        split, n = ("train", number) if number < train else ("val", number - train)
         image, label = draw_street("source", f"{split} {n}", "day")
         name = f"{split}/demo/demo_{n:06d}_000000"
         image.save(at(f"cityscapes/leftImg8bit/{name}_leftImg8bit.png"))

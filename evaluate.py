@@ -51,9 +51,8 @@ def predictions(model, samples, device, workers=1, scales=(1.0,), flip=False):
         images = item["image"][None].to(device) / 255
         probability = probabilities(model, images, scales, flip)[0]
         if len(probability) != len(datasets.NAMES):
-            raise ValueError(
-                f"expected a network of {len(datasets.NAMES)} classes, not of {len(probability)}"
-            )
+            expected = f"expected a network of {len(datasets.NAMES)} classes"
+            raise ValueError(f"{expected}, not of {len(probability)}")
         confidence, prediction = probability.max(0)
         if confidence.isnan().any():
             raise models.WeightsError(f"{item['name']}: the network puts out nan")
@@ -96,8 +95,10 @@ def scores(matrix):
 
 def table(*results):
     """Scores as aligned text, a column each."""
-    columns = [result["iou"] | {name: result[name] for name in MEANS} for result in results]
-    lines = [name.ljust(14) + "".join(f"{column[name]:11.1f}" for column in columns) for name in columns[0]]
+    lines = []
+    for name in (*datasets.NAMES, *MEANS):
+        values = [result["iou"].get(name, result.get(name)) for result in results]
+        lines.append(name.ljust(14) + "".join(f"{value:11.1f}" for value in values))
     return "\n".join(lines).replace("nan", "n/a")
 
 

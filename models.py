@@ -36,9 +36,7 @@ class DeepLab(nn.Module):
             resnet = getattr(torchvision.models, backbone)(weights=imagenet)
         except (OSError, RuntimeError) as error:  # no network; not the whole file
             ways = "--weights FILE takes a file of them, --weights none starts from nothing"
-            raise WeightsError(
-                f"imagenet: torchvision's weights cannot be downloaded ({error}): {ways}"
-            ) from None
+            raise WeightsError(f"imagenet: weights cannot be downloaded ({error}): {ways}") from None
         dilate([resnet.layer4] if output_stride == 16 else [resnet.layer3, resnet.layer4])
         self.backbone = nn.Sequential(OrderedDict(list(resnet.named_children())[:-2]))  # no avgpool, no fc
         head = DeepLabHead(resnet.fc.in_features, num_classes, ATROUS_RATES[output_stride])
@@ -165,6 +163,4 @@ def fit(module, state, path):
         module.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise WeightsError(
-            f"{path}: expected weights of this network (its backbone?), but {reason}"
-        ) from None
+        raise WeightsError(f"{path}: expected weights of this network (backbone?), but {reason}") from None

@@ -310,7 +310,8 @@ def load_step(stream, share, args):
 def to_device(batch, args):
     """On the device: images float in [0, 1], labels int64."""
     batch = {name: x.to(args.device, non_blocking=True) for name, x in batch.items()}
-    return {name: x.long() if name == "source_label" else x / 255 for name, x in batch.items()}
+    label = batch.pop("source_label").long()
+    return {name: x / 255 for name, x in batch.items()} | {"source_label": label}
 
 
 def save(method, optimizer, rows, args, outcome=None):
@@ -431,9 +432,7 @@ def resume(method, optimizer, args):
     if PROCESSES > 1:
         distributed.all_reduce(exists)
         if 0 < exists < PROCESSES:
-            raise datasets.DataError(
-                f"{path}: not all processes see it: --out must be a folder that all share"
-            )
+            raise datasets.DataError(f"{path}: not all processes see it: --out must be a shared folder")
     if not exists:
         return 0, []
     state = models.read_file(path)
