@@ -58,17 +58,14 @@ def content_terms(e_source_day, e_source_night, e_target_day, e_target_night, *,
     S_n[i], which have no counterpart then, and D(T_d, T_n)."""
     s_d, s_n, t_d, t_n = e_source_day, e_source_night, e_target_day, e_target_night
     check_shapes(2, e_source_day=s_d, e_source_night=s_n, e_target_day=t_d, e_target_night=t_n)
-
+    inherent = F.mse_loss(correlation(s_d, t_d), correlation(s_n, t_n))
+    illumination = graph_mse(correlation(s_d, s_n), correlation(t_d, t_n), target_paired)
     u_sd, u_sn, u_td, u_tn = [unit_rows(e) / TEMPERATURE for e in (s_d, s_n, t_d, t_n)]
     js = js_divergence(u_sd, u_sn)
     if target_paired:
         js = js + js_divergence(u_td, u_tn)
     js = js - js_divergence(u_sd, u_tn) - js_divergence(u_sn, u_td)
-    return {
-        "inherent": F.mse_loss(correlation(s_d, t_d), correlation(s_n, t_n)),
-        "illumination": graph_mse(correlation(s_d, s_n), correlation(t_d, t_n), target_paired),
-        "js": js,
-    }
+    return {"inherent": inherent, "illumination": illumination, "js": js}
 
 
 def content_distill(e_source_day, e_source_night, e_target_day, e_target_night, *,
