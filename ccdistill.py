@@ -49,6 +49,10 @@ class CCDistill(nn.Module):
         self.weights = WEIGHTS | (weights or {})
         if self.weights.keys() != WEIGHTS.keys():
             raise ValueError(f"weights: expected some of {list(WEIGHTS)}, got {list(weights)}")
+        check_style(night_style)
+        if not hasattr(model, "feature_channels"):
+            what = "how many channels the features that it returns have"
+            raise ValueError(f"the network needs an attribute `feature_channels`: {what}")
         self.js_weight, self.pseudo_threshold = js_weight, pseudo_threshold
         self.style, self.joint = night_style, joint
         self.target_paired, self.num_static = target_paired, num_static
@@ -109,13 +113,14 @@ class CCDistill(nn.Module):
         check_images(images, values=images.keys() - self.values_seen)
         self.values_seen |= images.keys()
         check_shapes(3, source_label=batch["source_label"], source_day=batch["source_day"][:, 0])
+        losses.check_labels(batch["source_label"])
 
     def look(self, network, images):
         """(F, P) of a network, which must be what `forward` needs of it, also while the source is alone."""
         output = network(images)
         if not isinstance(output, tuple | list) or len(output) != 2:
-            got = type(output).__name__
-            raise ValueError(f"the network's output: expected (features, logits), got a {got}")
+            got = f"got a {type(output).__name__}: wrap the network in one that returns the two"
+            raise ValueError(f"the network's output: expected a tuple (features, logits), {got}")
         features, logits = output
         batch, _, *size = images.shape
         channels, classes = self.day.feature_channels, logits.shape[1]
@@ -123,6 +128,8 @@ class CCDistill(nn.Module):
         if not as_map or logits.shape != (batch, classes, *size) or classes > 255:
             wanted = f"features (B, feature_channels = {channels}, h, w) and logits (B, at most 255, H, W)"
             got = f"{tuple(features.shape)} and {tuple(logits.shape)} of images {tuple(images.shape)}"
+            if as_map and logits.ndim == 4 and list(logits.shape[2:]) != size:
+                got += ": resize the logits with F.interpolate(logits, images.shape[2:], mode='bilinear')"
             raise ValueError(f"the network's output: expected {wanted}, got {got}")
         if self.target_paired and self.weights["pseudo"]:
             losses.static_classes(classes, self.num_static)
@@ -345,6 +352,11 @@ def take_statistics(network, batches):
 
 
 @torch.no_grad()
+def check_style(name):
+    if name not in NIGHT_STYLES:
+        raise ValueError(f"night_style: expected one of {NIGHT_STYLES}, got {name!r}")
+
+
 def night_style(day, night, method="random"):
     """Trans: the light of `night` on the content of `day`, without a trained network (our choice). Both are
     (B, 3, H, W) float RGB in [0, 1], H and W may differ; so is the result, at the day's size.
@@ -352,6 +364,7 @@ def night_style(day, night, method="random"):
     color: each RGB channel takes the night's mean and deviation (after Reinhard et al., 2001). histogram: the
     night's whole histogram. random: one of these two, drawn for each image. fda: the lowest spatial
     frequencies take the night's amplitude (Yang & Soatto, CVPR 2020, with their beta 0.01)."""
+    check_style(method)
     check_images({"day": day})
     check_images({"night": night})
     dtype = day.dtype

@@ -95,6 +95,7 @@ def segmentation_loss(logits, labels, weights=None, ignore_index=255):
     """Cross-entropy of logits (B, K, H, W) and labels (B, H, W) int64, each pixel's times its weight
     (B, H, W) if given; mean over the pixels that are not `ignore_index`, 0 (not nan) if there is none."""
     check_shapes(3, logits=logits[:, 0], labels=labels)
+    check_labels(labels)
     loss = F.cross_entropy(at_least_float32(logits), labels, ignore_index=ignore_index, reduction="none")
     if weights is not None:
         check_shapes(3, logits=logits[:, 0], weights=weights)
@@ -158,6 +159,11 @@ def unit_rows(x):
 
 def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def check_labels(labels):
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels: expected int64, got {labels.dtype}: labels.long()")
 
 
 def check_shapes(dimensions, **tensors):
