@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import sys
 import tempfile
@@ -22,9 +23,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2 import functional as TF
-from torchvision.utils import make_grid
+from torchvision.utils import draw_segmentation_masks, make_grid
 
 import datasets
 import models
@@ -133,26 +134,82 @@ def load_model(path, which="night", device="cpu"):
     return model.to(device, memory_format=torch.channels_last).eval(), content
 
 
-def pictures_of(image, prediction, confidence):
-    """{kind: Pillow image, at the image's own size} of what --out and --submit write."""
+def pictures_of(item, prediction, confidence):
+    """{kind: Pillow image} of what --out and --submit write of an item of datasets.load; all but the overlay
+    are of the image's own size."""
     ids = TF.to_pil_image(prediction.byte().cpu())
     levels = (confidence.cpu().double() * 65535).round()
-    colours = TF.to_pil_image(datasets.colourise(prediction))
     return {
         "labelTrainIds": ids,
         "labelIds": ids.point(datasets.TO_LABEL_ID),
-        "color": colours,
-        "overlay": Image.blend(TF.to_pil_image(image), colours, 0.5),
+        "color": TF.to_pil_image(datasets.colourise(prediction)),
+        "overlay": overlay(item["image"], prediction.cpu(), item.get("label")),
         "confidence": TF.to_pil_image(levels.to(torch.uint16).view(torch.int16)),
     }
 
 
-def grid(tiles, columns):
-    """(3, H, W) uint8 tiles as one picture, each in the shape of the first, at most 480 wide."""
-    width = min(480, tiles[0].shape[2])
-    size = [round(tiles[0].shape[1] * width / tiles[0].shape[2]), width]
-    tiles = [TF.resize(tile, size, TF.InterpolationMode.NEAREST) for tile in tiles]
-    return TF.to_pil_image(make_grid(tiles, columns))
+def overlay(image, prediction, label=None):
+    """The picture for people: the predicted classes over the image, beside it those of the label if there is
+    one, and the names of their colours."""
+    drawn = {"prediction": regions(image, prediction)}
+    shown = [prediction]
+    if label is not None:
+        drawn["label"] = regions(image, label)
+        shown.append(label)
+    return sheet([[*drawn.values()]], [*drawn], shown, image.shape[2])
+
+
+def regions(image, classes):
+    """(3, H, W) uint8: a uint8 image under the colours of its (H, W) classes, with lines between them. A dark
+    image is lifted first, or else its night and the colours would mix to mud."""
+    mean = image.float().mean().item() / 255
+    if 0 < mean < 0.4:
+        image = TF.adjust_gamma(image, math.log(0.4) / math.log(mean))
+    present = [c for c in classes.unique().tolist() if c != datasets.IGNORE]
+    if present:
+        masks = torch.stack([classes == c for c in present])
+        image = draw_segmentation_masks(image, masks, 0.45, [datasets.COLOURS[c] for c in present])
+    line = 1 + image.shape[2] // 1000  # pixels
+    ids = F.pad(classes[None].float(), (0, line, 0, line), mode="replicate")
+    edges = F.max_pool2d(ids, line + 1, 1) != -F.max_pool2d(-ids, line + 1, 1)
+    return draw_segmentation_masks(image, edges, 0.8, "white")
+
+
+def sheet(rows, headings, shown=(), widest=480):
+    """A Pillow image of rows of tiles in the shape of the first, at most so many pixels wide: (3, H, W) uint8
+    images or (H, W) trainIds. A heading stands over each column, and below the colours of all classes that the
+    tiles and the maps `shown` hold."""
+    tiles = [tile for row in rows for tile in row]
+    height, width = tiles[0].shape[-2:]
+    size = [round(height * min(1, widest / width)), min(width, widest)]
+    classes = set()
+    for labels in [*shown, *(tile for tile in tiles if tile.ndim == 2)]:
+        classes |= {*labels.unique().tolist()}
+    tiles = [datasets.colourise(tile) if tile.ndim == 2 else tile for tile in tiles]
+    tiles = torch.stack([TF.resize(tile.cpu(), size, TF.InterpolationMode.NEAREST) for tile in tiles])
+    picture = TF.to_pil_image(make_grid(tiles, len(headings)))
+
+    font = ImageFont.load_default(max(11, size[1] // 28))
+    line = int(1.5 * font.size)
+    wide = max(picture.width, 12 * line)  # room for the longest name
+    x, y, legend = 0, line + picture.height, []
+    for number in sorted(classes):
+        name = "no label" if number == datasets.IGNORE else datasets.NAMES[number]
+        needed = int(2 * line + font.getlength(name))
+        if x + needed > wide:
+            x, y = 0, y + line
+        legend.append((x, y, name, datasets.PALETTE[number].tolist()))
+        x += needed
+    page = Image.new("RGB", (wide, y + line), "white")
+    page.paste(picture, (0, line))
+    draw = ImageDraw.Draw(page)
+    for column, heading in enumerate(headings):
+        middle = picture.width * (column + 0.5) / len(headings)
+        draw.text((middle, line / 2), heading, "black", font, "mm")
+    for x, y, name, colour in legend:
+        draw.rectangle((x + line / 4, y + line / 4, x + line, y + line * 3 / 4), tuple(colour), "black")
+        draw.text((x + 1.2 * line, y + line / 2), name, "black", font, "lm")
+    return page
 
 
 def entries(layout, name):
@@ -310,7 +367,10 @@ def main(argv=None):
         say(table(result))
     if args.json:
         result |= {"args": vars(args)}
-        result["checkpoint"] = {name: content[name] for name in ("step", "args") if name in content}
+        result["checkpoint"] = {"path": str(args.checkpoint)}
+        for name in ("step", "args"):
+            result["checkpoint"][name] = content.get(name)
+        result["checkpoint"]["seed"] = content["args"].get("seed")
         valid = json.loads(json.dumps(result), parse_constant=lambda _: None)  # nan is no JSON: null
         write_whole(args.json, json.dumps(valid, indent=1).encode())
 
@@ -328,7 +388,7 @@ def predict(model, samples, add, args):
             counts += count(item["label"], prediction, classes)
         if not (args.out or add):
             continue
-        pictures = pictures_of(item["image"], prediction, confidence)
+        pictures = pictures_of(item, prediction, confidence)
         if args.out:
             for kind in ("labelTrainIds", "labelIds", "color", "overlay"):
                 Path(args.out, kind).mkdir(exist_ok=True)
