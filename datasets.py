@@ -8,6 +8,7 @@ one line that names it. Names that begin with a dot are never data.
 import collections
 import concurrent.futures
 import contextlib
+import itertools
 import os
 import random
 from pathlib import Path
@@ -58,10 +59,10 @@ class DataError(ValueError):
     """A file is missing, unreadable or not what its name promises."""
 
 
-def samples(layout, root, split="val"):
+def samples(layout, root, split="val", must_exist=True):
     """[Sample] of paths of a split; label is None where the data set has no labels for it."""
     folder, ending, label_folder, middle = LAYOUTS[layout]
-    images = find(root, folder.format(split), ending)
+    images = find(root, folder.format(split), ending, must_exist)
     labels = find_labels(root, label_folder.format(split), middle)
     if labels and images.keys() != labels.keys():
         alone = sorted(images.keys() ^ labels.keys())
@@ -329,6 +330,14 @@ def load(sample):
     return item
 
 
+def load_pair(paths):
+    """Two images that belong together -> dict of the first one, as of `load`."""
+    first, second = paths
+    image = open_image(first)
+    open_alike(open_image, second, image, first)
+    return {"name": Path(first).stem, "image": TF.pil_to_tensor(image)}
+
+
 def open_alike(decode, path, image, partner):
     """decode(path), which must have the size of `image`, the decoded file `partner`."""
     opened = decode(path)
@@ -397,12 +406,12 @@ def colourise(labels):
 
 
 DEMO_SIZE = (256, 128)
-# trainId -> base colour: the two cities differ as data sets do.
+# trainId -> base colour: the two cities differ as data sets do. Cars and clothes have any colour in both.
 DEMO_COLOURS = {
-    "source": {0: (105, 103, 106), 1: (160, 150, 150), 2: (150, 140, 128), 5: (98, 98, 100),
-               8: (72, 105, 55), 10: (190, 212, 232), 11: (130, 60, 60), 13: (60, 80, 140)},
-    "target": {0: (86, 84, 80), 1: (128, 122, 110), 2: (158, 112, 88), 5: (98, 98, 100),
-               8: (95, 108, 45), 10: (208, 214, 216), 11: (70, 70, 105), 13: (130, 50, 45)},
+    "source": {0: (105, 103, 106), 1: (165, 152, 150), 2: (150, 140, 128), 5: (62, 64, 66),
+               8: (72, 105, 55), 10: (190, 212, 232)},
+    "target": {0: (86, 84, 80), 1: (138, 130, 115), 2: (158, 112, 88), 5: (70, 62, 52),
+               8: (95, 108, 45), 10: (208, 214, 216)},
 }  # fmt: skip
 
 
@@ -440,47 +449,72 @@ def draw_street(city, place, light):
     rng = random.Random(f"{city} {place}")
     image, label, lights = Image.new("RGB", DEMO_SIZE), Image.new("L", DEMO_SIZE, IGNORE), []
 
-    def paint(train_id, shape, xy, spread=14):
-        colour = tuple(int(c + rng.uniform(-spread, spread)) for c in DEMO_COLOURS[city][train_id])
+    def paint(train_id, shape, xy, colour=None):
+        if colour is None:
+            colour = tuple(int(c + rng.uniform(-14, 14)) for c in DEMO_COLOURS[city][train_id])
         getattr(ImageDraw.Draw(image), shape)(xy, fill=colour)
         getattr(ImageDraw.Draw(label), shape)(xy, fill=train_id)
 
-    horizon = int(height * ({"source": 0.42, "target": 0.5}[city] + rng.uniform(-0.04, 0.04)))
+    horizon = int(height * ({"source": 0.42, "target": 0.48}[city] + rng.uniform(-0.04, 0.04)))
     vanish, x, depth = width * rng.uniform(0.4, 0.6), -10, height - horizon
-    left, right = (vanish + side * width * rng.uniform(0.7, 1.1) for side in (-1, 1))
-    walk = width * rng.uniform(0.12, 0.3)
+    left, right = (vanish + side * width * rng.uniform(0.45, 0.7) for side in (-1, 1))
     paint(10, "rectangle", (0, 0, width, horizon))
-    while x < width:  # the skyline: trees, and houses with lit windows
-        w, top = rng.randint(18, 46), horizon - rng.randint(14, horizon - 4)
-        for _ in range(9 * (rng.random() < 0.35)):
-            cx, cy, r = x + rng.uniform(0, w), rng.uniform(top, horizon), rng.uniform(5, 11)
-            paint(8, "ellipse", (cx - r, cy - r, cx + r, cy + r))
-        if rng.random() < 0.6:
-            paint(2, "rectangle", (x, top, x + w, horizon + 2))
-            lights += [(x + rng.uniform(3, w - 3), rng.uniform(top, horizon), 3, (1.0, 0.8, 0.45))]
-        x += w + rng.randint(-4, 6)
-    paint(8, "rectangle", (0, horizon, width, height))
-    for train_id, near, far in ((1, walk, 8), (0, 0, 3)):
-        bottom = [(right + near, height), (left - near, height)]
-        paint(train_id, "polygon", [(vanish - far, horizon), (vanish + far, horizon), *bottom])
-    for side, t in ((side, t) for side in (-1, 1) for t in (0.12, 0.3, 0.62)):  # lamp posts along the kerb
-        x = vanish + side * (6 + t * (right - vanish) * rng.uniform(0.95, 1.2))
-        y, h = horizon + t * depth, 12 + 75 * t
-        paint(5, "rectangle", (x, y - h, x + 1 + 3 * t, y))
-        lights.append((x - side * 6 * t, y - h, 18 + 45 * t, (1.0, 0.72, 0.38)))
-    rng = random.Random(f"{city} {place} {light}")  # from here on, what moves
-    for _ in range(rng.randint(1, 4)):
-        t, lane = rng.uniform(0.1, 0.75), rng.choice((-0.8, -0.45, 0.45, 0.8))
-        x, y, s = vanish + lane * t * (right - vanish), horizon + t * depth, 5 + 30 * t
-        paint(13, "rectangle", (x - s, y - s * 0.7, x + s, y), 50)
-        paint(13, "rectangle", (x - s * 0.7, y - s * 1.2, x + s * 0.7, y - s * 0.6), 50)
-        colour = (1.0, 0.95, 0.8) if lane < 0 else (0.9, 0.1, 0.05)
-        lights += [(x + side * s * 0.7, y - s * 0.4, 5 + 14 * t, colour) for side in (-1, 1)]
-    for _ in range(rng.randint(0, 4)):
-        t, side = rng.uniform(0.12, 0.6), rng.choice((-1, 1))
-        x, y, h = vanish + side * (8 + t * (right - vanish) * 1.15), horizon + t * depth, 8 + 42 * t
-        paint(11, "rectangle", (x - h / 8, y - h, x + h / 8, y), 40)
+    paint(1, "rectangle", (0, horizon, width, height))
+    paint(0, "polygon", [(vanish - 3, horizon), (vanish + 3, horizon), (right, height), (left, height)])
+    while x < width:  # the skyline: trees, houses with windows, gaps
+        w, kind = rng.randint(30, 54), rng.choice(("house", "house", "tree", "gap"))
+        top = rng.randint(4, horizon // 2)
+        if kind == "tree":
+            paint(8, "rectangle", (x + w * 0.4, top, x + w * 0.6, horizon + 4))
+            for _ in range(14):
+                cx, cy, r = x + w * rng.uniform(0.2, 0.8), rng.uniform(top, horizon - 6), rng.uniform(8, 13)
+                paint(8, "ellipse", (cx - r, cy - r, cx + r, cy + r))
+        elif kind == "house":
+            paint(2, "rectangle", (x, top, x + w, horizon + 4))
+            for wx, wy in itertools.product(range(x + 5, x + w - 6, 10), range(top + 5, horizon - 8, 12)):
+                paint(2, "rectangle", (wx, wy, wx + 4, wy + 6), (70, 80, 95))
+                if rng.random() < 0.3:
+                    lights.append((wx + 2, wy + 3, 4, (1.0, 0.8, 0.45)))
+        x += w
+    for side, t in ((side, t) for side in (-1, 1) for t in (0.15, 0.5)):  # lamp posts along the kerb
+        x, y, h, w = vanish + side * (12 + t * width * 0.6), horizon + t * depth, 30 + 80 * t, 2.5 + 5 * t
+        paint(5, "rectangle", (x - w, y - h, x + w, y))
+        lights.append((x, y - h, 18 + 45 * t, (1.0, 0.72, 0.38)))
+    rng = random.Random(f"{city} {place} {light}")  # from here on, what moves, the farthest first
+    for t in sorted(rng.uniform(0.15, 0.85) for _ in range(rng.randint(1, 4))):
+        side = rng.choice((-1, 1))
+        x = vanish + side * t * width * 0.28
+        draw_car(paint, rng, x, horizon + t * depth, 8 + 26 * t, lights, oncoming=side < 0)
+    for t in sorted(rng.uniform(0.15, 0.7) for _ in range(rng.randint(1, 4))):
+        x = vanish + rng.choice((-1, 1)) * (16 + t * width * rng.uniform(0.55, 0.8))
+        draw_person(paint, rng, x, horizon + t * depth, 22 + 50 * t)
     return photograph(image, lights, city, place, light), label
+
+
+def draw_car(paint, rng, x, y, s, lights, oncoming):
+    """A car of 2s pixels' width that stands on (x, y): of any colour, with wheels, a window and two lights."""
+    body = tuple(rng.randint(20, 235) for _ in range(3))
+    lamp = (255, 250, 225) if oncoming else (190, 25, 20)
+    for side in (-1, 1):
+        wheel = x + side * s * 0.7
+        paint(13, "rectangle", (wheel - s * 0.2, y - s * 0.4, wheel + s * 0.2, y), (15, 15, 15))
+    paint(13, "rectangle", (x - s, y - s * 0.9, x + s, y - s * 0.2), body)
+    for size, colour in ((1, body), (0.75, (40, 50, 60))):  # the cabin, and the window in it
+        foot, roof, top = s * 0.85 * size, s * 0.65 * size, y - s * (0.9 + 0.6 * size)
+        corners = [(x - foot, y - s * 0.9), (x + foot, y - s * 0.9), (x + roof, top), (x - roof, top)]
+        paint(13, "polygon", corners, colour)
+    for side in (-1, 1):
+        cx, cy, r = x + side * s * 0.72, y - s * 0.6, s * 0.17
+        paint(13, "ellipse", (cx - r, cy - r, cx + r, cy + r), lamp)
+        lights.append((cx, cy, s * 0.7, tuple(c / 255 for c in lamp)))
+
+
+def draw_person(paint, rng, x, y, h):
+    """A person h pixels tall who stands on (x, y), in trousers and a shirt of any colour."""
+    shirt, trousers = (tuple(rng.randint(lo, hi) for _ in range(3)) for lo, hi in ((40, 235), (20, 90)))
+    paint(11, "rectangle", (x - h * 0.12, y - h * 0.45, x + h * 0.12, y), trousers)
+    paint(11, "rectangle", (x - h * 0.18, y - h * 0.82, x + h * 0.18, y - h * 0.4), shirt)
+    paint(11, "ellipse", (x - h * 0.1, y - h, x + h * 0.1, y - h * 0.78), (205, 160, 130))
 
 
 def photograph(image, lights, city, place, light):
@@ -491,12 +525,12 @@ def photograph(image, lights, city, place, light):
     scene = TF.pil_to_tensor(image.filter(blur)).float() / 255
     y, x = torch.meshgrid(*(torch.arange(side) for side in DEMO_SIZE[::-1]), indexing="ij")
     if night:
-        light = torch.full_like(scene, 0.22 * rng.uniform(0.7, 1.1))
+        light = torch.full_like(scene, 0.14 * rng.uniform(0.7, 1.1))
         glare = torch.full_like(scene, 0.03 * rng.uniform(0.5, 1))
         for lx, ly, radius, colour in lights:
             square = ((x - lx) ** 2 + (y - ly) ** 2) / radius**2
             colour = torch.tensor(colour).view(3, 1, 1)
-            light += 0.2 * colour * torch.exp(-square)  # falls on what is near, and into the lens
+            light += 0.6 * colour * torch.exp(-square)  # falls on what is near, and into the lens
             glare += colour * (torch.exp(-square * 60) + 0.03 * torch.exp(-square * 4))
         scene = scene * light + glare
     else:

@@ -691,12 +691,16 @@ class Odd(Own):
     ((losses.style_distill, *[MAPS] * 3, MAPS[:, :2]), r"f_target_night \(2, 2, 2"),
     ((losses.segmentation_loss, MAPS, LABELS[0, :2]), r"labels \(2, 4\)"),
     ((losses.segmentation_loss, MAPS, LABELS.long(), LABELS[0, :2]), r"weights \(2, 4\)"),
+    ((losses.segmentation_loss, MAPS, MAPS[:, 0].byte()), r"expected int64, got torch.uint8: labels.long"),
     ((losses.pseudo_labels, MAPS, MAPS), "of the 3 classes"),
     ((losses.pseudo_labels, MAPS, MAPS, 0, 4), "got 4"),
     ((losses.pseudo_labels, MAPS, MAPS[:1]), r"day_logits \(1, 3"),
     ((ccdistill.night_style, DAY * math.nan, DAY), "day.*nan to nan"),
     ((ccdistill.night_style, DAY, DAY * 255), "night.*not normalised"),
     ((ccdistill.night_style, DAY.byte(), DAY), "divide by 255"),
+    ((ccdistill.night_style, DAY, DAY, "colour"), "night_style: expected one of .*, got 'colour'"),
+    ((lambda: ccdistill.CCDistill(Own(), night_style="colour"),), "night_style: expected one of"),
+    ((ccdistill.CCDistill, nn.Conv2d(3, 5, 1)), "needs an attribute `feature_channels`"),
     ((ccdistill.night_model, Own(), "all"), "night_weights: expected one of"),
     ((models.DeepLab(), MAPS.byte()), "divide by 255"),
 ])  # fmt: skip
@@ -711,6 +715,7 @@ def test_a_function_names_what_does_not_fit_it(call, message):
     ({"target_night": DAY.byte()}, "target_night.*uint8: divide by 255"),
     ({"source_day": DAY.movedim(1, 3)}, r"source_day \(2, 16, 24, 3\)"),
     ({"source_label": LABELS}, r"source_label \(2, 4, 4\)"),
+    ({"source_label": BATCH["source_label"].byte()}, "expected int64, got torch.uint8"),
 ])  # fmt: skip
 def test_a_step_names_what_does_not_fit_in_its_batch(change, message, adapt):
     fails(ValueError, message, ccdistill.CCDistill(Own()), BATCH | change, adapt)
@@ -727,9 +732,9 @@ def test_a_step_looks_at_what_it_uses_alone():
 @pytest.mark.parametrize("network, message", [
     (Odd(lambda f, p: (f[:, :4], p)), r"feature_channels = 6, .*, got \(2, 4, 8, 12\)"),
     (Odd(lambda f, p: (f.flatten(2), p)), r"feature_channels = 6, .*, got \(2, 6, 96\)"),
-    (Odd(lambda f, p: (f, p[..., ::2])), r"logits .* and \(2, 19, 16, 12\) of images \(2, 3, 16, 24\)"),
+    (Odd(lambda f, p: (f, p[..., ::2])), r"\(2, 19, 16, 12\) of images \(2, 3, 16, 24\): resize the logits"),
     (Odd(lambda f, p: (f, p), 256), r"at most 255, .* and \(2, 256,"),
-    (Odd(lambda f, p: {"out": p}.keys()), "expected .features, logits., got a dict_keys"),
+    (Odd(lambda f, p: {"out": p}), "expected a tuple .features, logits., got a dict: wrap the network"),
     (Own(5), "of the 5 classes"),
 ])  # fmt: skip
 def test_a_network_that_does_not_fit_is_told_in_the_first_step(network, message, adapt):
@@ -1237,10 +1242,10 @@ BROKEN_EXIF = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01" * 9
 
 
 @pytest.mark.parametrize("readable_as, act", [
-    ("", lambda path: os.truncate(path, 999)),
+    ("", lambda path: os.truncate(path, path.stat().st_size // 2)),
     ("", lambda path: os.truncate(path, 0)),
     ("", Path.unlink),
-    ("", lambda path: path.write_bytes(path.read_bytes()[:999] + path.read_bytes()[1009:])),
+    ("", lambda path: path.write_bytes(path.read_bytes()[:300] + path.read_bytes()[310:])),
     ("", lambda path: path.write_text("<html>")),
     ("", lambda path: (path.unlink(), path.mkdir())),
     ("", redraw(lambda image: Image.new("I;16", image.size))),
@@ -1532,10 +1537,40 @@ def test_pictures(checkpoint, tmp_path):
         picture(given / name, (40 + n, 30), value=(200, 30, 90), exif=turned)
     evaluated(checkpoint, "--out", out, "--images", given)
     sizes = {"a": (40, 30), "b": (30, 41), "c": (42, 30), "d": (30, 43)}
-    for kind in kinds:
+    for kind in kinds[:3]:
         assert {path.stem: Image.open(path).size for path in (out / kind).iterdir()} == sizes
+    assert {path.stem for path in (out / "overlay").iterdir()} == set(sizes)
     train_id, label_id, colour, _ = [Image.open(out / kind / "a.png").getpixel((5, 5)) for kind in kinds]
     assert datasets.CLASSES[train_id][1:] == (label_id, colour)
+
+
+def test_an_overlay_lifts_a_dark_image_and_lines_its_classes():
+    image = torch.full((3, 40, 60), 20, dtype=torch.uint8)
+    classes = torch.zeros(40, 60, dtype=torch.int64)
+    classes[:, 30:] = 13
+    drawn = evaluate.regions(image, classes)
+    assert drawn[:, 0, 0].tolist() == [113, 84, 113]  # 0.55 of 102, the lifted grey, and 0.45 of the road's
+    assert drawn[2, 0, 50] > drawn[0, 0, 50] == drawn[1, 0, 50] == 56
+    bright = (drawn.amin(0) > 200).nonzero()[:, 1]
+    assert set(bright.tolist()) == {29} and len(bright) == 40
+    unknown = torch.full((40, 60), 255, dtype=torch.int64)  # shows the image alone
+    assert evaluate.regions(image, unknown).unique().tolist() == [102]
+    alone, beside = evaluate.overlay(image, classes), evaluate.overlay(image, classes, unknown)
+    assert alone.height < beside.height  # one name of a colour more, in a line of its own
+
+
+def test_a_sheet_has_headings_rows_and_the_colours_that_occur():
+    row = [torch.full((3, 64, 128), 77, dtype=torch.uint8), torch.zeros(64, 128, dtype=torch.int64)]
+    page = evaluate.sheet([row, row], ["image", "prediction"])
+    assert page.width == 2 * 130 + 2 and page.height == 2 * 66 + 2 + 2 * 16  # a heading and a legend
+    heading, legend = (
+        page.crop((0, 0, page.width, 16)),
+        page.crop((0, page.height - 16, page.width, page.height)),
+    )
+    for strip, colours in ((heading, 0), (legend, 1)):
+        held = [colour for _, colour in strip.getcolors(9999)]
+        assert (0, 0, 0) in held and sum(colour == datasets.COLOURS[0] for colour in held) == colours
+    assert page.getpixel((65, 50)) == (77, 77, 77) and page.getpixel((195, 116)) == datasets.COLOURS[0]
 
 
 @pytest.mark.parametrize("second", ["a.png", "A.jpg", "\u00e4.png"])
@@ -1667,9 +1702,12 @@ def test_train_save_evaluate(city, tmp_path, capsys):
     )
     for part in ("rehearsed: the run needs", "step 5/20", "left", "steps/s", "images/s", "MB", *rows[-1]):
         assert part in printed
-    assert Image.open(out / "samples.png").size == (3 * 258 + 2, 3 * 130 + 2) and "warning" not in printed
+    picture = Image.open(out / "samples.png")
+    assert picture.width == 3 * 258 + 2 and picture.height > 3 * 130 + 2 and "warning" not in printed
     night, last = [evaluated(out / name, *data) for name in ("night.pt", "last.pt")]
     assert night["miou"] == last["miou"] == pytest.approx(float(rows[-1]["miou"]))
+    told = night["checkpoint"]
+    assert (told["path"], told["step"], told["seed"]) == (str(out / "night.pt"), 20, 0)
     assert night["miou"] != evaluated(out / "last.pt", *data, "--model", "day")["miou"]
     state = models.read_file(out / "night.pt")["model"]
     assert_same_state(models.DeepLab(weights=out / "last.pt").state_dict(), state)
@@ -1681,7 +1719,10 @@ def test_speeds_count_the_images_of_all_domains(capsys, monkeypatch):
     for step, day_only, images in ((4, False, 6), (6, False, 12), (6, True, 3)):
         args.day_only = day_only
         assert train.report({"step": step}, (step - 2, 10.0), args) == (step, 12.0)
-        assert f"1.00 steps/s  {images}.0 images/s" in capsys.readouterr().out
+        assert f" s left  1.00 steps/s  {images}.0 images/s" in capsys.readouterr().out
+    monkeypatch.setattr(train, "peak_memory", lambda _: 0)  # where the system does not tell
+    train.report({"step": 8}, (6, 10.0), args)
+    assert capsys.readouterr().out == "step 8/8  1.00 steps/s  3.0 images/s\n"
 
 
 def test_an_error_in_a_validation_loses_no_step(city, tmp_path, monkeypatch):
@@ -2097,12 +2138,47 @@ def test_void_labels_of_the_source_end_the_run_before_it_begins(tree, tmp_path):
     fails(DataError, message, trained, tree, tmp_path / "run", "--steps", 1)
 
 
-def test_the_demo_compares_day_only_with_the_method_and_goes_on(city, tmp_path, capsys, monkeypatch):
+def test_the_demo_compares_its_runs_and_goes_on(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         datasets, "make_demo_city", functools.partial(datasets.make_demo_city, train=4, val=2)
     )
+    words = ["--demo", "--steps", "2", "--out", str(tmp_path), "--workers", "0", "--device", "cpu"]
+    tables = []
     for trains in (True, False):  # the second time nothing is trained again
-        train.main(["--demo", "--steps", "2", "--out", str(tmp_path), "--workers", "0", "--device", "cpu"])
+        train.main(words)
         printed = capsys.readouterr().out
-        assert "day-only  ccdistill" in printed and ("step 2/2" in printed) == trains
-    assert Image.open(tmp_path / "comparison.png").width == 4 * 258 + 2
+        assert ("step 2/2" in printed) == trains and "0 target days" not in printed
+        tables.append(printed[printed.index("   day-only      + S_n  CCDistill\nroad") :])
+    assert tables[0] == tables[1]
+    assert Image.open(tmp_path / "comparison.png").width == 5 * 258 + 2
+    assert not list(tmp_path.rglob("last.pt"))
+    night = tmp_path / "plus-s_n/night.pt"  # as the second column's
+    args = models.read_file(night)["args"]
+    assert args["adapt_from"] == 1 and not args["day_only"]
+    words[2] = "3"
+    fails(DataError, "steps 2 there, 3 here", train.main, words)
+
+
+def test_a_check_reads_every_file_and_says_all_that_is_wrong(tree, tmp_path, capsys):
+    out = tmp_path / "run"
+    data = "--cityscapes", tree / "cityscapes", "--darkzurich", tree / "darkzurich"
+    words = [str(word) for word in (*data, "--check", "--device", "cpu", "--out", out)]
+    train.main(words)
+    printed = capsys.readouterr().out
+    assert "all 15 images and pairs can be read" in printed  # 6 labelled days, 3 labelled nights, 6 pairs
+    line = printed[printed.index("labelled days, percent of pixels: road ") :].splitlines()[0]
+    assert ", car " in line and line.endswith(", ignored 0.0")
+    assert "images are 256 x 128" in printed
+    spoilt = []
+    for pattern in ("**/leftImg8bit/train/**/*_000000_*.png", "**/train/day/**/*000001_rgb_anon.png",
+                    "**/gt/val/**/*000002_gt_*.png"):  # fmt: skip
+        spoilt.append(next(tree.glob(pattern)))
+        spoilt[-1].write_bytes(b"none")
+    fails(DataError, "3 of 15 images or pairs cannot be used", train.main, words)
+    printed = capsys.readouterr().out
+    for path in spoilt:
+        assert f"wrong: {path}: not a readable image" in printed
+    picture(spoilt[1], (99, 50))
+    fails(DataError, "3 of 15", train.main, words)
+    assert f"wrong: {spoilt[1]}: is 99 x 50, but " in capsys.readouterr().out
+    assert not out.exists()

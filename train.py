@@ -49,6 +49,9 @@ STOP = []  # why this step is the last: a signal's number, or the error of a fil
 def train(args):
     """One run, to OUT/night.pt after step --steps. Returns what `validate` does, by the first process."""
     stream, nights, validation = load_data(args)
+    if args.check:
+        return check_files(stream, validation, args)
+    warn(stream.source, validation, args)
     method, optimizer = build(args)
     if not Path(args.out, "last.pt").exists():
         rehearse(method, stream, args)
@@ -87,7 +90,7 @@ def loop(method, optimizer, stream, validation, start, rows, args):
         outcome = None
         try:
             if due:
-                outcome = validate(method, validation, rows, args)
+                outcome = validate(method.night, validation, args)
         finally:  # an error in there loses no step
             if due or stop or step == args.steps:
                 save(method, optimizer, rows, args, outcome)
@@ -123,10 +126,14 @@ def report(row, last_report, args):
     if args.day_only:
         domains = 1
     images = rate * domains * args.batch_size * PROCESSES
-    left = (args.steps - step) / rate / 60
-    terms = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
-    speed = f"{left:.0f} min left  {rate:.2f} steps/s  {images:.1f} images/s"
-    say(f"step {step}/{args.steps}  {speed}  {peak_memory(args):.0f} MB  {terms}")
+    parts = [f"step {step}/{args.steps}", f"{rate:.2f} steps/s", f"{images:.1f} images/s"]
+    left = (args.steps - step) / rate
+    if left:
+        parts.insert(1, f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left")
+    if peak_memory(args):
+        parts.append(f"{peak_memory(args):.0f} MB")
+    parts += [f"{name} {value:.4g}" for name, value in row.items() if name != "step"]
+    say("  ".join(parts))
     return step, now
 
 
@@ -157,21 +164,14 @@ def rehearse(method, stream, args):
 
 
 @torch.compiler.set_stance("force_eager")  # frames come in many sizes
-def validate(method, validation, rows, args):
-    """Score M_n at night, by one process, into the last row. Returns the scores and [image, prediction,
-    label] of four images, in one list."""
+def validate(network, validation, args):
+    """Score M_n at night, by one process. Returns the scores and [image, prediction, label] of four images."""
     if RANK or not validation:
         return None
-    classes = len(datasets.NAMES)
-    counts = torch.zeros(classes, classes, dtype=torch.int64, device=args.device)
-    tiles = []
-    with evaluate.evaluating(method.night):
-        for item, prediction, _ in evaluate.predictions(method.night, validation, args.device, args.workers):
-            counts += evaluate.count(item["label"], prediction, classes)
-            if len(tiles) < 12:
-                tiles += [item["image"], datasets.colourise(prediction), datasets.colourise(item["label"])]
-    result = evaluate.scores(counts)
-    rows[-1] |= {name: result[name] for name in evaluate.MEANS}
+    result = evaluate.evaluate(network, validation, args.device, args.workers)
+    with evaluate.evaluating(network):
+        views = evaluate.predictions(network, validation[:4], args.device, args.workers)
+        tiles = [[item["image"], prediction, item["label"]] for item, prediction, _ in views]
     say("at night:  " + "  ".join(f"{name} {result[name]:.1f}" for name in evaluate.MEANS))
     return result, tiles
 
@@ -185,9 +185,10 @@ def finish(method, optimizer, nights, validation, rows, args):
         items = datasets.prefetch(datasets.load, some, args.workers)
         images = (item["image"][None].to(args.device) / 255 for item in items)
         ccdistill.take_statistics(method.night, images)
-    outcome = validate(method, validation, rows, args)
+    outcome = validate(method.night, validation, args)
     save(method, optimizer, rows, args, outcome)
-    save_whole({"model": method.night.state_dict(), "args": vars(args)}, Path(args.out, "night.pt"))
+    state = {"model": method.night.state_dict(), "args": vars(args), "step": args.steps}
+    save_whole(state, Path(args.out, "night.pt"))
     say(f"{args.out}/night.pt: M_n after {args.steps} steps")
     return outcome
 
@@ -261,11 +262,25 @@ def load_data(args):
         _, nights = datasets.targets(layout, root, "none")
     if root and not Path(root).is_dir():  # with --day-only nothing has looked for it
         raise datasets.DataError(f"{root}: no such folder")
-    folder, ending, *_ = datasets.LAYOUTS[layout]
-    if root and datasets.find(root, folder.format("val"), ending, must_exist=False):
-        validation = [sample for sample in datasets.samples(layout, root, "val") if sample.label]
-    targets = f"{len(days)} target days and {len(nights)} nights ({args.pairs})"
-    say(f"{len(source)} labelled days, {targets}, {len(validation)} labelled nights to validate")
+    if root:
+        found = datasets.samples(layout, root, "val", must_exist=False)
+        validation = [sample for sample in found if sample.label]
+    parts = [f"{len(source)} labelled days"]
+    if days:
+        parts.append(f"{len(days)} target days and {len(nights)} nights (pairs: {args.pairs})")
+    elif nights:
+        parts.append(f"{len(nights)} nights for statistics")
+    say(", ".join([*parts, f"{len(validation)} labelled nights to validate"]))
+    size = args.batch_size * PROCESSES
+    stream = datasets.FourDomains(
+        source, days, nights, args.crop, paired=args.pairs != "none", synthetic=synthetic, scale=args.scale,
+        seed=args.seed, length=args.steps * size, targets_from=math.floor(args.adapt_from * args.steps) * size,
+    )  # fmt: skip
+    return stream, nights, validation
+
+
+def warn(source, validation, args):
+    """Say what is odd about the labels and the batches. DataError for source labels without a class."""
     warnings = [datasets.label_warning(source, needed=True)]
     if validation:
         warnings.append(datasets.label_warning(validation))
@@ -274,12 +289,47 @@ def load_data(args):
         warnings.append(f"warning: {what}: --batch-size 2 or more")
     for warning in filter(None, warnings):
         say(warning)
-    size = args.batch_size * PROCESSES
-    stream = datasets.FourDomains(
-        source, days, nights, args.crop, paired=args.pairs != "none", synthetic=synthetic, scale=args.scale,
-        seed=args.seed, length=args.steps * size, targets_from=math.floor(args.adapt_from * args.steps) * size,
-    )  # fmt: skip
-    return stream, nights, validation
+
+
+def check_files(stream, validation, args):
+    """--check: read every file once, as training does. Says what the labels hold and all that is wrong, and
+    raises DataError if anything is."""
+    jobs = [(datasets.load, sample) for sample in stream.source + validation]
+    pairs = []
+    if stream.synthetic:
+        pairs += [(sample.image, made) for sample, made in zip(stream.source, stream.synthetic, strict=True)]
+    if stream.paired and stream.days:
+        pairs += zip(stream.nights, stream.days, strict=True)
+    else:
+        jobs += [(datasets.load, datasets.Sample(image)) for image in stream.days + stream.nights]
+    jobs += [(datasets.load_pair, pair) for pair in pairs]
+
+    def attempt(job):
+        read, files = job
+        try:
+            return read(files)
+        except (datasets.DataError, OSError) as error:
+            return error
+
+    wrong, sizes, pixels = 0, set(), torch.zeros(256, dtype=torch.int64)
+    for number, outcome in enumerate(datasets.prefetch(attempt, jobs, args.workers)):
+        if isinstance(outcome, Exception):
+            wrong += 1
+            say(f"wrong: {outcome}")
+            continue
+        sizes.add(tuple(outcome["image"].shape[:0:-1]))
+        if number < len(stream.source):
+            pixels += torch.bincount(outcome["label"].flatten(), minlength=256)
+    shares = (100 * pixels / pixels.sum().clamp(min=1)).tolist()
+    held = [f"{name} {share:.1f}" for name, share in zip(datasets.NAMES, shares, strict=False) if share]
+    say(f"labelled days, percent of pixels: {', '.join(held)}, ignored {shares[datasets.IGNORE]:.1f}")
+    if sizes:
+        smallest, largest = (f"{size[0]} x {size[1]}" for size in (min(sizes), max(sizes)))
+        say(f"images are {smallest}" + (f" to {largest}" if len(sizes) > 1 else ""))
+    if wrong:
+        raise datasets.DataError(f"{wrong} of {len(jobs)} images or pairs cannot be used")
+    warn(stream.source, validation, args)
+    say(f"all {len(jobs)} images and pairs can be read")
 
 
 def batches(stream, start, args):
@@ -315,9 +365,12 @@ def to_device(batch, args):
 
 
 def save(method, optimizer, rows, args, outcome=None):
-    """By the first process: OUT/last.pt, OUT/log.csv and, of what `validate` returned, OUT/samples.png."""
+    """By the first process: OUT/last.pt, OUT/log.csv and, of the outcome of `validate`, the scores in the last
+    row and OUT/samples.png."""
     if RANK:
         return
+    if outcome:
+        rows[-1] |= {name: outcome[0][name] for name in evaluate.MEANS}
     state = {"model": method.state_dict(), "optimizer": optimizer.state_dict(), "args": vars(args)}
     save_whole(state | {"rows": rows, "step": rows[-1]["step"]}, Path(args.out, "last.pt"))
     try:
@@ -327,7 +380,8 @@ def save(method, optimizer, rows, args, outcome=None):
             writer.writeheader()
             writer.writerows(rows)
         if outcome:
-            evaluate.grid(outcome[1], 3).save(Path(args.out, "samples.png"))
+            picture = evaluate.sheet(outcome[1], ["night image", "prediction", "label"])
+            picture.save(Path(args.out, "samples.png"))
     except OSError as error:  # another program may hold them open
         say(f"warning: {error}; the run goes on")
 
@@ -339,7 +393,7 @@ def save_whole(state, path):
 
 
 # What a resumed run may change: the machine, messages, and to where its folders and files have moved.
-MAY_CHANGE = {"out", "resume", "device", "workers", "compile", "log_every", "eval_every", "weights",
+MAY_CHANGE = {"out", "resume", "check", "device", "workers", "compile", "log_every", "eval_every", "weights",
               "cityscapes", "darkzurich", "acdc", "synthetic_night", "pairs"}  # fmt: skip
 
 
@@ -468,12 +522,13 @@ def parse_args(argv=None):
     add("--cityscapes", metavar="DIR", help="labelled days: holds leftImg8bit/ and gtFine/")
     add_target("--darkzurich", metavar="DIR", help="days and nights: holds rgb_anon/, corresp/, gt/val/")
     add_target("--acdc", metavar="DIR", help="ACDC night: holds rgb_anon/night/, gt/night/val/")
-    add_target("--demo", action="store_true", help="draw a small city, compare day-only and the method on it")
+    add_target("--demo", action="store_true", help="draw a small city, compare three runs on it")
     add("--pairs", default="corresp", help="a csv of NIGHT,DAY lines; none: unrelated images")
     add("--synthetic-night", metavar="DIR", help="ready-made nights, in leftImg8bit's tree")
     add("--crop", type=whole, nargs=2, default=[512, 512], help="height and width (512 512)")
     add("--scale", type=number, nargs=2, default=[0.5, 1.0], help="random resizing before the crop (0.5 1)")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="decoding threads")
+    add("--check", action="store_true", help="read every file once, say what is wrong, and train nothing")
     add = parser.add_argument_group("network").add_argument
     add("--backbone", choices=[*models.BACKBONES], default="resnet18", help="of torchvision (resnet18)")
     add("--output-stride", type=int, choices=(8, 16), default=16, help="image size over feature size (16)")
@@ -504,11 +559,11 @@ def parse_args(argv=None):
     add("--eval-every", type=whole, default=500, help="steps between validations and saves (%(default)s)")
     add("--log-every", type=whole, default=20, help="steps between progress lines (%(default)s)")
     if parser.parse_args(argv).demo:
-        shown = {"out": "runs/demo", "steps": 250, "batch_size": 4, "crop": [96, 192], "weights": "none"}
-        parser.set_defaults(eval_every=250, **shown)
+        shown = {"out": "runs/demo", "steps": 500, "batch_size": 4, "crop": [96, 192], "weights": "none"}
+        parser.set_defaults(eval_every=500, **shown)
     args = parser.parse_args(argv)
-    if args.demo and (args.cityscapes or args.day_only or PROCESSES > 1):
-        parser.error("--demo draws its own data and trains day-only and the method on it, in one process")
+    if args.demo and (args.cityscapes or args.day_only or args.check or PROCESSES > 1):
+        parser.error("--demo draws its own data and trains three times on it, in one process")
     day_alone = args.day_only and args.night_statistics != "target"
     if not args.demo and not (args.cityscapes and (args.darkzurich or args.acdc or day_alone)):
         parser.error("give --cityscapes DIR and (but for plain --day-only) --darkzurich or --acdc; or --demo")
@@ -520,25 +575,43 @@ def parse_args(argv=None):
     return args
 
 
+# What each step of the idea buys: heading and folder of a run, and what it changes.
+DEMO_RUNS = {
+    "day-only": {"day_only": True, "night_statistics": "source"},
+    "+ S_n": {"adapt_from": 1.0},
+    "CCDistill": {},
+}
+
+
 def demo(args):
-    """Draw the demo city, train day-only and CCDistill on it for as many steps, compare them at night."""
+    """Draw the demo city, train each of DEMO_RUNS on it for as many steps, compare them at night."""
     out, city = Path(args.out), Path(args.out, "city")
     if not any(city.glob("darkzurich/corresp/train/night/*/*.csv")):  # the last thing to be written
         say(f"drawing a city into {city}")
         datasets.make_demo_city(city)
     common = {"cityscapes": f"{city}/cityscapes", "darkzurich": f"{city}/darkzurich", "resume": True}
+    validation = datasets.samples("darkzurich", common["darkzurich"])
     outcomes = []
-    for name in ("day-only", "ccdistill"):
-        say(f"\n{name}: {args.steps} steps")
-        run = argparse.Namespace(**vars(args) | common | {"out": str(out / name)})
-        if name == "day-only":
-            run.day_only, run.night_statistics = True, "source"
-        outcomes.append(train(run))
-    (day_only, tiles), (method, its_tiles) = outcomes
-    rows = zip(tiles[0::3], tiles[1::3], its_tiles[1::3], tiles[2::3], strict=True)
-    evaluate.grid([tile for row in rows for tile in row], 4).save(out / "comparison.png")
-    say(f"\n{'at night':14}   day-only  ccdistill\n{evaluate.table(day_only, method)}")
-    say(f"{out / 'comparison.png'}: night image, day-only, CCDistill, label")
+    for name, changes in DEMO_RUNS.items():
+        folder = out / name.lower().replace("+ ", "plus-")
+        run = argparse.Namespace(**vars(args) | common | changes | {"out": str(folder)})
+        if (folder / "night.pt").exists():
+            compare(folder / "args.json", run)
+            network, _ = evaluate.load_model(folder / "night.pt", device=args.device)
+            outcomes.append(validate(network, validation, run))
+        else:
+            say(f"\n{name}: {args.steps} steps")
+            outcomes.append(train(run))
+        (folder / "last.pt").unlink(missing_ok=True)  # 250 MB that nobody needs any more
+    results, tiles = zip(*outcomes, strict=True)
+    rows = []
+    for (image, day_only, label), (_, s_n, _), (_, whole, _) in zip(*tiles, strict=True):
+        rows.append([image, day_only, s_n, whole, label])
+    headings = ["night image", *DEMO_RUNS, "label"]
+    evaluate.sheet(rows, headings).save(out / "comparison.png")
+    say("\n" + "at night".ljust(14) + "".join(name.rjust(11) for name in DEMO_RUNS))
+    say(evaluate.table(*results))
+    say(f"{out / 'comparison.png'}: {', '.join(headings)}")
 
 
 SIGNALS = (
