@@ -128,7 +128,7 @@ class CCDistill(nn.Module):
         if not as_map or logits.shape != (batch, classes, *size) or classes > 255:
             wanted = f"features (B, feature_channels = {channels}, h, w) and logits (B, at most 255, H, W)"
             got = f"{tuple(features.shape)} and {tuple(logits.shape)} of images {tuple(images.shape)}"
-            if as_map and logits.ndim == 4 and list(logits.shape[2:]) != size:
+            if as_map and logits.shape[2:] != images.shape[2:]:
                 got += ": resize the logits with F.interpolate(logits, images.shape[2:], mode='bilinear')"
             raise ValueError(f"the network's output: expected {wanted}, got {got}")
         if self.target_paired and self.weights["pseudo"]:
@@ -351,12 +351,12 @@ def take_statistics(network, batches):
         network.eval()
 
 
-@torch.no_grad()
 def check_style(name):
     if name not in NIGHT_STYLES:
         raise ValueError(f"night_style: expected one of {NIGHT_STYLES}, got {name!r}")
 
 
+@torch.no_grad()
 def night_style(day, night, method="random"):
     """Trans: the light of `night` on the content of `day`, without a trained network (our choice). Both are
     (B, 3, H, W) float RGB in [0, 1], H and W may differ; so is the result, at the day's size.

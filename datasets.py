@@ -364,10 +364,9 @@ def open_label(path):
     """Decoded label as a Pillow image of trainIds; its name says whether it stores labelIds or trainIds."""
     image = decoded(path)
     if image.mode == "P":  # what rewrites a file may renumber its palette
-        greys = (
-            "Image.open(FILE).convert('L') if it looks grey, else Image.frombytes('L', i.size, i.tobytes())"
-        )
-        raise DataError(f"{path}: has a palette, and its numbers may not be classes; save it as {greys}")
+        save = "of i = Image.open(FILE) save i.convert('L') if it looks grey"
+        save += ", else Image.frombytes('L', i.size, i.tobytes())"
+        raise DataError(f"{path}: has a palette, and its numbers may not be classes: {save}")
     if image.format != "PNG" or image.mode != "L" or bit_depth(path) != 8:
         found = f"{image.format}, mode {image.mode}"
         if image.format == "PNG":
@@ -476,7 +475,7 @@ def draw_street(city, place, light):
                 if rng.random() < 0.3:
                     lights.append((wx + 2, wy + 3, 4, (1.0, 0.8, 0.45)))
         x += w
-    for side, t in ((side, t) for side in (-1, 1) for t in (0.15, 0.5)):  # lamp posts along the kerb
+    for side, t in itertools.product((-1, 1), (0.15, 0.5)):  # lamp posts along the kerb
         x, y, h, w = vanish + side * (12 + t * width * 0.6), horizon + t * depth, 30 + 80 * t, 2.5 + 5 * t
         paint(5, "rectangle", (x - w, y - h, x + w, y))
         lights.append((x, y - h, 18 + 45 * t, (1.0, 0.72, 0.38)))
@@ -511,7 +510,8 @@ def draw_car(paint, rng, x, y, s, lights, oncoming):
 
 def draw_person(paint, rng, x, y, h):
     """A person h pixels tall who stands on (x, y), in trousers and a shirt of any colour."""
-    shirt, trousers = (tuple(rng.randint(lo, hi) for _ in range(3)) for lo, hi in ((40, 235), (20, 90)))
+    shirt = tuple(rng.randint(40, 235) for _ in range(3))
+    trousers = tuple(rng.randint(20, 90) for _ in range(3))
     paint(11, "rectangle", (x - h * 0.12, y - h * 0.45, x + h * 0.12, y), trousers)
     paint(11, "rectangle", (x - h * 0.18, y - h * 0.82, x + h * 0.18, y - h * 0.4), shirt)
     paint(11, "ellipse", (x - h * 0.1, y - h, x + h * 0.1, y - h * 0.78), (205, 160, 130))

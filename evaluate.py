@@ -12,6 +12,7 @@ does, and `miou_present` also those without label. A class that does not occur h
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -134,29 +135,26 @@ def load_model(path, which="night", device="cpu"):
     return model.to(device, memory_format=torch.channels_last).eval(), content
 
 
-def pictures_of(item, prediction, confidence):
-    """{kind: Pillow image} of what --out and --submit write of an item of datasets.load; all but the overlay
-    are of the image's own size."""
+def pictures_of(prediction, confidence):
+    """{kind: Pillow image, at the image's own size} of what --out and --submit write."""
     ids = TF.to_pil_image(prediction.byte().cpu())
     levels = (confidence.cpu().double() * 65535).round()
     return {
         "labelTrainIds": ids,
         "labelIds": ids.point(datasets.TO_LABEL_ID),
         "color": TF.to_pil_image(datasets.colourise(prediction)),
-        "overlay": overlay(item["image"], prediction.cpu(), item.get("label")),
         "confidence": TF.to_pil_image(levels.to(torch.uint16).view(torch.int16)),
     }
 
 
 def overlay(image, prediction, label=None):
-    """The picture for people: the predicted classes over the image, beside it those of the label if there is
-    one, and the names of their colours."""
-    drawn = {"prediction": regions(image, prediction)}
-    shown = [prediction]
+    """The Pillow image for people: the predicted classes over the image, beside it those of the label if there
+    is one, and the names of the colours. image: (3, H, W) uint8, prediction and label: (H, W) trainIds."""
+    maps = {"prediction": prediction.cpu().long()}
     if label is not None:
-        drawn["label"] = regions(image, label)
-        shown.append(label)
-    return sheet([[*drawn.values()]], [*drawn], shown, image.shape[2])
+        maps["label"] = label.long()
+    tiles = torch.stack([regions(image, classes) for classes in maps.values()])
+    return captioned(tiles, [*maps], torch.stack([*maps.values()]).unique().tolist())
 
 
 def regions(image, classes):
@@ -165,31 +163,35 @@ def regions(image, classes):
     mean = image.float().mean().item() / 255
     if 0 < mean < 0.4:
         image = TF.adjust_gamma(image, math.log(0.4) / math.log(mean))
-    present = [c for c in classes.unique().tolist() if c != datasets.IGNORE]
+    present = set(classes.unique().tolist()) - {datasets.IGNORE}
     if present:
-        masks = torch.stack([classes == c for c in present])
-        image = draw_segmentation_masks(image, masks, 0.45, [datasets.COLOURS[c] for c in present])
-    line = 1 + image.shape[2] // 1000  # pixels
+        masks = torch.stack([classes == number for number in present])
+        image = draw_segmentation_masks(image, masks, 0.45, [datasets.COLOURS[number] for number in present])
+    line = 1 + image.shape[2] // 1500  # pixels
     ids = F.pad(classes[None].float(), (0, line, 0, line), mode="replicate")
     edges = F.max_pool2d(ids, line + 1, 1) != -F.max_pool2d(-ids, line + 1, 1)
-    return draw_segmentation_masks(image, edges, 0.8, "white")
+    return draw_segmentation_masks(image, edges, 0.7, "white")
 
 
-def sheet(rows, headings, shown=(), widest=480):
-    """A Pillow image of rows of tiles in the shape of the first, at most so many pixels wide: (3, H, W) uint8
-    images or (H, W) trainIds. A heading stands over each column, and below the colours of all classes that the
-    tiles and the maps `shown` hold."""
-    tiles = [tile for row in rows for tile in row]
-    height, width = tiles[0].shape[-2:]
-    size = [round(height * min(1, widest / width)), min(width, widest)]
-    classes = set()
-    for labels in [*shown, *(tile for tile in tiles if tile.ndim == 2)]:
-        classes |= {*labels.unique().tolist()}
-    tiles = [datasets.colourise(tile) if tile.ndim == 2 else tile for tile in tiles]
-    tiles = torch.stack([TF.resize(tile.cpu(), size, TF.InterpolationMode.NEAREST) for tile in tiles])
+def sheet(rows, headings):
+    """A Pillow image of rows of tiles, (3, H, W) uint8 images or (H, W) trainIds, each in the shape of the
+    first, at most 480 wide, with headings and the colours of all classes that occur."""
+    height, width = rows[0][0].shape[-2:]
+    size = [max(1, round(height * min(1, 480 / width))), min(width, 480)]
+    tiles, classes = [], set()
+    for tile in itertools.chain(*rows):
+        if tile.ndim == 2:
+            classes |= set(tile.unique().tolist())
+            tile = datasets.colourise(tile)
+        tiles.append(TF.resize(tile.cpu(), size, TF.InterpolationMode.NEAREST))
+    return captioned(torch.stack(tiles), headings, classes)
+
+
+def captioned(tiles, headings, classes):
+    """A Pillow image of tiles (N, 3, H, W) uint8 in columns, with a heading over each column and below the
+    names of the colours of the classes."""
     picture = TF.to_pil_image(make_grid(tiles, len(headings)))
-
-    font = ImageFont.load_default(max(11, size[1] // 28))
+    font = ImageFont.load_default(max(11, tiles.shape[3] // 28))
     line = int(1.5 * font.size)
     wide = max(picture.width, 12 * line)  # room for the longest name
     x, y, legend = 0, line + picture.height, []
@@ -198,8 +200,9 @@ def sheet(rows, headings, shown=(), widest=480):
         needed = int(2 * line + font.getlength(name))
         if x + needed > wide:
             x, y = 0, y + line
-        legend.append((x, y, name, datasets.PALETTE[number].tolist()))
+        legend.append((x, y, name, tuple(datasets.PALETTE[number].tolist())))
         x += needed
+
     page = Image.new("RGB", (wide, y + line), "white")
     page.paste(picture, (0, line))
     draw = ImageDraw.Draw(page)
@@ -207,7 +210,7 @@ def sheet(rows, headings, shown=(), widest=480):
         middle = picture.width * (column + 0.5) / len(headings)
         draw.text((middle, line / 2), heading, "black", font, "mm")
     for x, y, name, colour in legend:
-        draw.rectangle((x + line / 4, y + line / 4, x + line, y + line * 3 / 4), tuple(colour), "black")
+        draw.rectangle((x + line / 4, y + line / 4, x + line, y + line * 3 / 4), colour, "black")
         draw.text((x + 1.2 * line, y + line / 2), name, "black", font, "lm")
     return page
 
@@ -367,10 +370,9 @@ def main(argv=None):
         say(table(result))
     if args.json:
         result |= {"args": vars(args)}
-        result["checkpoint"] = {"path": str(args.checkpoint)}
-        for name in ("step", "args"):
-            result["checkpoint"][name] = content.get(name)
-        result["checkpoint"]["seed"] = content["args"].get("seed")
+        run = content["args"]
+        step = content.get("step")
+        result["checkpoint"] = {"path": args.checkpoint, "step": step, "seed": run.get("seed"), "args": run}
         valid = json.loads(json.dumps(result), parse_constant=lambda _: None)  # nan is no JSON: null
         write_whole(args.json, json.dumps(valid, indent=1).encode())
 
@@ -388,8 +390,9 @@ def predict(model, samples, add, args):
             counts += count(item["label"], prediction, classes)
         if not (args.out or add):
             continue
-        pictures = pictures_of(item, prediction, confidence)
+        pictures = pictures_of(prediction, confidence)
         if args.out:
+            pictures["overlay"] = overlay(item["image"], prediction, item.get("label"))
             for kind in ("labelTrainIds", "labelIds", "color", "overlay"):
                 Path(args.out, kind).mkdir(exist_ok=True)
                 pictures[kind].save(Path(args.out, kind, f"{name}.png"), compress_level=1)  # fast

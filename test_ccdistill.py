@@ -1106,7 +1106,7 @@ def test_a_label_with_a_palette_is_refused_and_told_how_to_make_it_grey(tmp_path
     image = Image.frombytes("P", (3, 1), bytes([0, 1, 2]))
     image.putpalette(palette)
     image.save(tmp_path / "x_labelTrainIds.png")
-    message = r"x_labelTrainIds.png: has a palette.*convert\('L'\).*frombytes"
+    message = r"x_labelTrainIds.png: has a palette.*i = Image.open\(FILE\).*convert\('L'\).*frombytes"
     fails(DataError, message, datasets.open_label, tmp_path / "x_labelTrainIds.png")
 
 
@@ -1555,8 +1555,12 @@ def test_an_overlay_lifts_a_dark_image_and_lines_its_classes():
     assert set(bright.tolist()) == {29} and len(bright) == 40
     unknown = torch.full((40, 60), 255, dtype=torch.int64)  # shows the image alone
     assert evaluate.regions(image, unknown).unique().tolist() == [102]
-    alone, beside = evaluate.overlay(image, classes), evaluate.overlay(image, classes, unknown)
-    assert alone.height < beside.height  # one name of a colour more, in a line of its own
+    label = torch.full((40, 60), 8, dtype=torch.uint8)
+    alone, beside = evaluate.overlay(image, classes), evaluate.overlay(image, classes, label)
+    for page, colours in ((alone, [0, 13]), (beside, [0, 8, 13])):
+        names = page.crop((0, page.height - 4 * 16, page.width, page.height))
+        pixels = {colour for _, colour in names.getcolors(99999)}
+        assert [number for number in (0, 8, 13) if datasets.COLOURS[number] in pixels] == colours
 
 
 def test_a_sheet_has_headings_rows_and_the_colours_that_occur():
@@ -2152,7 +2156,7 @@ def test_the_demo_compares_its_runs_and_goes_on(tmp_path, capsys, monkeypatch):
     assert tables[0] == tables[1]
     assert Image.open(tmp_path / "comparison.png").width == 5 * 258 + 2
     assert not list(tmp_path.rglob("last.pt"))
-    night = tmp_path / "plus-s_n/night.pt"  # as the second column's
+    night = tmp_path / "s_n/night.pt"
     args = models.read_file(night)["args"]
     assert args["adapt_from"] == 1 and not args["day_only"]
     words[2] = "3"
@@ -2167,18 +2171,21 @@ def test_a_check_reads_every_file_and_says_all_that_is_wrong(tree, tmp_path, cap
     printed = capsys.readouterr().out
     assert "all 15 images and pairs can be read" in printed  # 6 labelled days, 3 labelled nights, 6 pairs
     line = printed[printed.index("labelled days, percent of pixels: road ") :].splitlines()[0]
-    assert ", car " in line and line.endswith(", ignored 0.0")
-    assert "images are 256 x 128" in printed
+    assert ", car " in line and "ignored" not in line
+    assert "images are 256 x 128 to 256 x 128" in printed
     spoilt = []
     for pattern in ("**/leftImg8bit/train/**/*_000000_*.png", "**/train/day/**/*000001_rgb_anon.png",
                     "**/gt/val/**/*000002_gt_*.png"):  # fmt: skip
         spoilt.append(next(tree.glob(pattern)))
         spoilt[-1].write_bytes(b"none")
-    fails(DataError, "3 of 15 images or pairs cannot be used", train.main, words)
+    fails(DataError, "3 things are wrong in 15 images and pairs", train.main, words)
     printed = capsys.readouterr().out
     for path in spoilt:
         assert f"wrong: {path}: not a readable image" in printed
     picture(spoilt[1], (99, 50))
-    fails(DataError, "3 of 15", train.main, words)
+    fails(DataError, "3 things", train.main, words)
     assert f"wrong: {spoilt[1]}: is 99 x 50, but " in capsys.readouterr().out
+    for more, count in (("--pairs none", 21), ("--day-only", 9), ("--day-only --night-statistics target", 15),
+                        (f"--synthetic-night {tree}/cityscapes", 21)):  # fmt: skip
+        fails(DataError, f"in {count} images", train.main, [*words, *more.split()])
     assert not out.exists()

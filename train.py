@@ -292,8 +292,8 @@ def warn(source, validation, args):
 
 
 def check_files(stream, validation, args):
-    """--check: read every file once, as training does. Says what the labels hold and all that is wrong, and
-    raises DataError if anything is."""
+    """--check: read every image and pair, as training does. Says what the labels hold; DataError, after a line
+    for each thing that is wrong."""
     jobs = [(datasets.load, sample) for sample in stream.source + validation]
     pairs = []
     if stream.synthetic:
@@ -311,23 +311,23 @@ def check_files(stream, validation, args):
         except (datasets.DataError, OSError) as error:
             return error
 
-    wrong, sizes, pixels = 0, set(), torch.zeros(256, dtype=torch.int64)
+    wrong, sizes, pixels = set(), set(), torch.zeros(256, dtype=torch.int64)
     for number, outcome in enumerate(datasets.prefetch(attempt, jobs, args.workers)):
         if isinstance(outcome, Exception):
-            wrong += 1
-            say(f"wrong: {outcome}")
+            wrong.add(str(outcome))
             continue
         sizes.add(tuple(outcome["image"].shape[:0:-1]))
         if number < len(stream.source):
             pixels += torch.bincount(outcome["label"].flatten(), minlength=256)
-    shares = (100 * pixels / pixels.sum().clamp(min=1)).tolist()
-    held = [f"{name} {share:.1f}" for name, share in zip(datasets.NAMES, shares, strict=False) if share]
-    say(f"labelled days, percent of pixels: {', '.join(held)}, ignored {shares[datasets.IGNORE]:.1f}")
-    if sizes:
-        smallest, largest = (f"{size[0]} x {size[1]}" for size in (min(sizes), max(sizes)))
-        say(f"images are {smallest}" + (f" to {largest}" if len(sizes) > 1 else ""))
+    for line in sorted(wrong):
+        say(f"wrong: {line}")
     if wrong:
-        raise datasets.DataError(f"{wrong} of {len(jobs)} images or pairs cannot be used")
+        raise datasets.DataError(f"{len(wrong)} things are wrong in {len(jobs)} images and pairs")
+    names = dict(enumerate(datasets.NAMES)) | {datasets.IGNORE: "ignored"}
+    shares = [f"{names[k]} {100 * pixels[k] / pixels.sum():.1f}" for k in pixels.nonzero().flatten().tolist()]
+    say(f"labelled days, percent of pixels: {', '.join(shares)}")
+    (width, height), (most, tallest) = min(sizes), max(sizes)
+    say(f"images are {width} x {height} to {most} x {tallest}")
     warn(stream.source, validation, args)
     say(f"all {len(jobs)} images and pairs can be read")
 
@@ -437,6 +437,9 @@ def claim(args):
     if existing and not (args.resume and path.exists()):
         way_out = "choose another --out" if args.resume else "add --resume, or choose another --out"
         raise datasets.DataError(f"{args.out}: holds {existing[0]}: {way_out}")
+    if "night.pt" in existing and "last.pt" not in existing:
+        what = "holds night.pt of a run that ended, and no last.pt to go on from"
+        raise datasets.DataError(f"{args.out}: {what}: choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "r+" if existing else "x") as file:
         lock(file)
@@ -528,7 +531,7 @@ def parse_args(argv=None):
     add("--crop", type=whole, nargs=2, default=[512, 512], help="height and width (512 512)")
     add("--scale", type=number, nargs=2, default=[0.5, 1.0], help="random resizing before the crop (0.5 1)")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="decoding threads")
-    add("--check", action="store_true", help="read every file once, say what is wrong, and train nothing")
+    add("--check", action="store_true", help="read every file, say what is wrong, and train nothing")
     add = parser.add_argument_group("network").add_argument
     add("--backbone", choices=[*models.BACKBONES], default="resnet18", help="of torchvision (resnet18)")
     add("--output-stride", type=int, choices=(8, 16), default=16, help="image size over feature size (16)")
@@ -562,7 +565,9 @@ def parse_args(argv=None):
         shown = {"out": "runs/demo", "steps": 500, "batch_size": 4, "crop": [96, 192], "weights": "none"}
         parser.set_defaults(eval_every=500, **shown)
     args = parser.parse_args(argv)
-    if args.demo and (args.cityscapes or args.day_only or args.check or PROCESSES > 1):
+    if args.check and (args.demo or PROCESSES > 1):
+        parser.error("--check reads files of your own, in one process")
+    if args.demo and (args.cityscapes or args.day_only or PROCESSES > 1):
         parser.error("--demo draws its own data and trains three times on it, in one process")
     day_alone = args.day_only and args.night_statistics != "target"
     if not args.demo and not (args.cityscapes and (args.darkzurich or args.acdc or day_alone)):
@@ -575,12 +580,12 @@ def parse_args(argv=None):
     return args
 
 
-# What each step of the idea buys: heading and folder of a run, and what it changes.
-DEMO_RUNS = {
-    "day-only": {"day_only": True, "night_statistics": "source"},
-    "+ S_n": {"adapt_from": 1.0},
-    "CCDistill": {},
-}
+# What each step of the idea buys: heading, folder, and what the run changes.
+DEMO_RUNS = (
+    ("day-only", "day-only", {"day_only": True, "night_statistics": "source"}),
+    ("+ S_n", "s_n", {"adapt_from": 1.0}),
+    ("CCDistill", "ccdistill", {}),
+)
 
 
 def demo(args):
@@ -591,27 +596,30 @@ def demo(args):
         datasets.make_demo_city(city)
     common = {"cityscapes": f"{city}/cityscapes", "darkzurich": f"{city}/darkzurich", "resume": True}
     validation = datasets.samples("darkzurich", common["darkzurich"])
-    outcomes = []
-    for name, changes in DEMO_RUNS.items():
-        folder = out / name.lower().replace("+ ", "plus-")
-        run = argparse.Namespace(**vars(args) | common | changes | {"out": str(folder)})
-        if (folder / "night.pt").exists():
-            compare(folder / "args.json", run)
-            network, _ = evaluate.load_model(folder / "night.pt", device=args.device)
-            outcomes.append(validate(network, validation, run))
+    headings, results, tiles = [], [], []
+    for heading, folder, changes in DEMO_RUNS:
+        say(f"\n{heading}: {args.steps} steps")
+        run = argparse.Namespace(**vars(args) | common | changes | {"out": str(out / folder)})
+        night = out / folder / "night.pt"
+        if night.exists():
+            compare(night.with_name("args.json"), run)
+            network, _ = evaluate.load_model(night, device=args.device)
+            outcome = validate(network, validation, run)
         else:
-            say(f"\n{name}: {args.steps} steps")
-            outcomes.append(train(run))
-        (folder / "last.pt").unlink(missing_ok=True)  # 250 MB that nobody needs any more
-    results, tiles = zip(*outcomes, strict=True)
+            outcome = train(run)
+        night.with_name("last.pt").unlink(missing_ok=True)  # 250 MB that nobody needs any more
+        headings.append(heading)
+        results.append(outcome[0])
+        tiles.append(outcome[1])
     rows = []
-    for (image, day_only, label), (_, s_n, _), (_, whole, _) in zip(*tiles, strict=True):
-        rows.append([image, day_only, s_n, whole, label])
-    headings = ["night image", *DEMO_RUNS, "label"]
-    evaluate.sheet(rows, headings).save(out / "comparison.png")
-    say("\n" + "at night".ljust(14) + "".join(name.rjust(11) for name in DEMO_RUNS))
+    for night_by_runs in zip(*tiles, strict=True):
+        image, _, label = night_by_runs[0]
+        rows.append([image, *[prediction for _, prediction, _ in night_by_runs], label])
+    columns = ["night image", *headings, "label"]
+    evaluate.sheet(rows, columns).save(out / "comparison.png")
+    say("\n" + "at night".ljust(14) + "".join(heading.rjust(11) for heading in headings))
     say(evaluate.table(*results))
-    say(f"{out / 'comparison.png'}: {', '.join(headings)}")
+    say(f"{out / 'comparison.png'}: {', '.join(columns)}")
 
 
 SIGNALS = (
@@ -642,7 +650,7 @@ def main(argv=None):
         if RANK:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     handlers = {}
-    for name in SIGNALS:
+    for name in () if args.check else SIGNALS:
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
             handlers[number] = signal.signal(number, on_signal)
