@@ -54,11 +54,11 @@ def content_terms(e_source_day, e_source_night, e_target_day, e_target_night, *,
 
     D compares e at length 1, as Cor does, over a temperature of 0.1 (our reading: the figure has neither that
     nor a softmax). Of e as it is, the subtracted parts would grow with its length, without bound.
-    target_paired=False (T_d[i] and T_n[i] show different places) leaves out the entries of S_d[i] with
-    S_n[i], which have no counterpart then, and D(T_d, T_n)."""
+    target_paired=False (T_d[i] and T_n[i] show different places) compares the graphs as `graph_mse` says, and
+    leaves out D(T_d, T_n)."""
     s_d, s_n, t_d, t_n = e_source_day, e_source_night, e_target_day, e_target_night
     check_shapes(2, e_source_day=s_d, e_source_night=s_n, e_target_day=t_d, e_target_night=t_n)
-    inherent = F.mse_loss(correlation(s_d, t_d), correlation(s_n, t_n))
+    inherent = graph_mse(correlation(s_d, t_d), correlation(s_n, t_n), target_paired)
     illumination = graph_mse(correlation(s_d, s_n), correlation(t_d, t_n), target_paired)
     u_sd, u_sn, u_td, u_tn = [unit_rows(e) / TEMPERATURE for e in (s_d, s_n, t_d, t_n)]
     js = js_divergence(u_sd, u_sn)
@@ -84,7 +84,7 @@ def content_distill(e_source_day, e_source_night, e_target_day, e_target_night, 
 def style_distill(f_source_day, f_source_night, f_target_day, f_target_night, *, target_paired=True):
     """L_CDS, cross-domain style distillation: mse(Cor(G_Sd, G_Sn), Cor(G_Td, G_Tn)), G the Gram matrix of F.
     A scalar. Four feature maps (B, C, H, W) of one B and C; H and W may differ between domains.
-    target_paired=False leaves out the entries of S_d[i] with S_n[i], as in `content_terms`."""
+    target_paired=False: see `graph_mse`."""
     s_d, s_n = gram(f_source_day), gram(f_source_night)
     t_d, t_n = gram(f_target_day), gram(f_target_night)
     check_shapes(3, f_source_day=s_d, f_source_night=s_n, f_target_day=t_d, f_target_night=t_n)
@@ -142,12 +142,19 @@ def static_classes(num_classes, num_static=None):
 
 
 def graph_mse(source, target, paired=True):
-    """Mean squared difference of two graphs (2B, 2B); unpaired: without the entries of i with B + i."""
-    if paired:
-        return F.mse_loss(source, target)
-    row = torch.arange(len(source), device=source.device)
-    counted = (row[:, None] - row).abs() != len(source) // 2
-    return (source - target).square().masked_fill(~counted, 0).sum() / (len(source) ** 2 - len(source))
+    """Mean squared difference of two graphs (2B, 2B).
+
+    Unpaired (ours): of the means of their four blocks (B, B), each without its diagonal, so 0 if B is 1. Where
+    T_d[i] and T_n[i] show different places, entry (i, j) of one graph compares other pictures than entry (i, j)
+    of the other, and their difference is what happens to be in the pictures. Only the average over pictures
+    means the same in both; on the diagonals S has a picture with itself, and T has not."""
+    difference = source - target
+    if not paired:
+        batch = len(source) // 2
+        others = 1 - torch.eye(batch, dtype=source.dtype, device=source.device)
+        blocks = difference.view(2, batch, 2, batch).movedim(2, 1)
+        difference = (blocks * others).sum((2, 3)) / max(1, batch**2 - batch)
+    return difference.square().mean()
 
 
 def unit_rows(x):

@@ -285,7 +285,7 @@ def warn(source, validation, args):
     if validation:
         warnings.append(datasets.label_warning(validation))
     if args.batch_size == 1 and args.pairs == "none" and not args.day_only:
-        what = "of one image a domain, unpaired, the illumination's graphs and CDS have nothing to compare"
+        what = "of one image a domain, unpaired, CDC's graphs and CDS have nothing to compare"
         warnings.append(f"warning: {what}: --batch-size 2 or more")
     for warning in filter(None, warnings):
         say(warning)
