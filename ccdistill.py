@@ -18,7 +18,12 @@ import losses
 from losses import check_shapes, most_probable, pseudo_labels, segmentation_loss
 from models import ProjectionHead
 
-WEIGHTS = {"pseudo": 0.5, "content": 1.0, "style": 1.0}  # of the terms beside the segmentation's
+WEIGHTS = {
+    "pseudo": 0.5,
+    "content": 1.0,
+    "style": 1.0,
+    "place": 1.0,
+}  # of the terms beside the segmentation's
 IMAGES = ("source_day", "source_night", "target_day", "target_night")
 NIGHT_STYLES = ("random", "color", "histogram", "fda")
 NIGHT_WEIGHTS = ("norm", "shared", "separate")
@@ -36,11 +41,11 @@ class CCDistill(nn.Module):
     (B, C, h, w), what its classifier sees, and P (B, K, H, W), at the labels' size; `model.feature_channels`
     is C, and K is at most 255. M_n is a copy of it, see `night_model`. weights: of the terms, where they
     differ from WEIGHTS; a term of weight 0 is not computed. js_weight: of JS within CDC. projection False: e
-    is F averaged over positions. target_paired: T_d[i] and T_n[i] show one place; then num_static, how many
-    classes (the first ones) do not move, must be given unless K is 19. joint: S and T are one batch to batch
-    norm, as in the figure; else (ours) each domain has batch statistics of its own, and only the source's
-    enter the running ones. teacher: see `teach`; it moves by teacher_share in each call, so divide that by
-    the number of calls whose gradients you add up for one step."""
+    is F averaged over positions. target_paired: T_d[i] and T_n[i] show one place (if not, "place" weighs 0);
+    then num_static, how many classes (the first ones) do not move, must be given unless K is 19. joint: S and
+    T are one batch to batch norm, as in the figure; else (ours) each domain has batch statistics of its own,
+    and only the source's enter the running ones. teacher: see `teach`; it moves by teacher_share in each
+    call, so divide that by the number of calls whose gradients you add up for one step."""
 
     def __init__(self, model, *, weights=None, js_weight=0.01, pseudo_threshold=0.9, night_weights="norm",
                  night_style="random", joint=False, projection=True, target_paired=True, num_static=None,
@@ -49,6 +54,8 @@ class CCDistill(nn.Module):
         self.weights = WEIGHTS | (weights or {})
         if self.weights.keys() != WEIGHTS.keys():
             raise ValueError(f"weights: expected some of {list(WEIGHTS)}, got {list(weights)}")
+        if not target_paired:
+            self.weights["place"] = 0
         check_style(night_style)
         if not hasattr(model, "feature_channels"):
             what = "how many channels the features that it returns have"
@@ -85,9 +92,9 @@ class CCDistill(nn.Module):
             return {"seg_day": seg_day, "seg_night": seg_night, "total": seg_day + seg_night}
 
         t_d, t_n = batch["target_day"], batch["target_night"]
-        seen_d, seen_n, answers = t_d, t_n, None
+        seen_d, seen_n, pasted, answers = t_d, t_n, None, None
         if self.teacher:
-            seen_d, seen_n, *answers = self.teach(s_n, label, t_d, t_n)
+            seen_d, seen_n, pasted, *answers = self.teach(s_n, label, t_d, t_n)
         (f_sd, p_sd), (f_td, p_td) = self.look_at_both(self.day, s_d, seen_d)
         (f_sn, p_sn), (f_tn, p_tn) = self.look_at_both(self.night, s_n, seen_n)
 
@@ -102,7 +109,10 @@ class CCDistill(nn.Module):
             )
         if self.weights["style"]:
             terms["style"] = losses.style_distill(f_sd, f_sn, f_td, f_tn, target_paired=self.target_paired)
-        # L = L_seg_d + L_seg_n + w_pseudo L_pseudo + w_content L_CDC + w_style L_CDS
+        if self.weights["place"]:
+            counted = None if pasted is None else F.adaptive_max_pool2d(pasted.float(), f_tn.shape[2:]) == 0
+            terms["place"] = losses.place_distill(f_sd, f_sn, f_td, f_tn, counted=counted)
+        # L = L_seg_d + L_seg_n + w_pseudo L_pseudo + w_content L_CDC + w_style L_CDS + w_place L_place
         weighted = [weight * terms[name] for name, weight in self.weights.items() if weight]
         terms["total"] = sum(weighted, start=terms["seg_day"] + terms["seg_night"])
         return terms
@@ -159,7 +169,8 @@ class CCDistill(nn.Module):
 
     @torch.no_grad()
     def teach(self, s_n, label, t_d, t_n):
-        """What the targets learn (ours): T_d, T_n, their labels and the labels' weights, (B, H, W).
+        """What the targets learn (ours): T_d, T_n, what is pasted into T_n, their labels and the labels' weights,
+        all (B, H, W) but the images.
 
         Averaged copies of M_d and M_n label the plain images (mean teacher; Tarvainen & Valpola, 2017); the
         share of confident pixels weighs an image's loss (DAFormer; Hoyer et al., CVPR 2022). Then half of the
@@ -176,7 +187,7 @@ class CCDistill(nn.Module):
         with torch.autocast(t_n.device.type, enabled=False):
             seen_d = STRONG(t_d)
             seen_n = STRONG(torch.where(paste[:, None], s_n, t_n))
-        return seen_d, seen_n, y_td, y_tn, w_td, w_tn
+        return seen_d, seen_n, paste, y_td, y_tn, w_td, w_tn
 
     def share_of_confident(self, confidence):
         """For each pixel the share of its image's pixels that are at least that confident, (B, H, W)."""

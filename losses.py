@@ -91,6 +91,25 @@ def style_distill(f_source_day, f_source_night, f_target_day, f_target_night, *,
     return graph_mse(correlation(s_d, s_n), correlation(t_d, t_n), target_paired)
 
 
+def place_distill(f_source_day, f_source_night, f_target_day, f_target_night, *, counted=None):
+    """L_place, illumination position by position (ours, not the paper's): the mean of (cos(T_d, T_n) - c)^2 over
+    positions of pairs T_d[i], T_n[i] that show one place. cos is the cosine of two features at one position, c
+    the mean of cos(S_d, S_n) over source image i, without gradient: night may change a position of T as much
+    as it changes S, where both images are known to show the same. (Pooled, as in CDC and CDS, a picture does
+    not say where things are.) A scalar. Four feature maps (B, C, h, w), of one shape in S and of one in T.
+    counted: (B, h, w) bool, the positions of T that count (default: all); 0 if there is none."""
+    check_shapes(4, f_source_day=f_source_day, f_source_night=f_source_night)
+    check_shapes(4, f_target_day=f_target_day, f_target_night=f_target_night)
+    with torch.autocast(f_target_day.device.type, enabled=False):
+        source = F.cosine_similarity(at_least_float32(f_source_day), at_least_float32(f_source_night))
+        target = F.cosine_similarity(at_least_float32(f_target_day), at_least_float32(f_target_night))
+    squares = (target - source.detach().mean((1, 2), keepdim=True)).square()
+    if counted is None:
+        return squares.mean()
+    check_shapes(3, cosines=target, counted=counted)
+    return (squares * counted).sum() / counted.sum().clamp(min=1)
+
+
 def segmentation_loss(logits, labels, weights=None, ignore_index=255):
     """Cross-entropy of logits (B, K, H, W) and labels (B, H, W) int64, each pixel's times its weight
     (B, H, W) if given; mean over the pixels that are not `ignore_index`, 0 (not nan) if there is none."""

@@ -143,6 +143,45 @@ def test_style_distillation(batch, paired):
     assert torch.autograd.gradcheck(style, [features.requires_grad_() for features in small])
 
 
+def test_place_distillation():
+    s_d, s_n = torch.randn(2, 2, 3, 5, 4, dtype=torch.float64)
+    t_d, t_n = torch.randn(2, 2, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    counted = torch.rand(2, 2, 4) < 0.5
+    squares = []
+    for n, y, x in counted.nonzero().tolist():
+        light = [cor(s_d[n, :, v, u][None], s_n[n, :, v, u][None])[0, 1] for v in range(5) for u in range(4)]
+        change = cor(t_d[n, :, y, x][None], t_n[n, :, y, x][None])[0, 1]
+        squares.append((change - sum(light) / 20) ** 2)
+    place = functools.partial(losses.place_distill, s_d.requires_grad_(), s_n)
+    close(place(t_d, t_n, counted=counted), sum(squares) / len(squares))
+    close(place(t_d, t_n), place(t_d, t_n, counted=torch.ones_like(counted)))
+    assert torch.autograd.gradcheck(place, [t_d, t_n])
+    nothing = place(t_d, t_n, counted=torch.zeros_like(counted))
+    (nothing + place(t_d, t_n)).backward()
+    assert nothing == 0 and s_d.grad is None  # what is known does not move
+
+
+@pytest.mark.parametrize("teacher", [True, False])
+def test_places_of_pairs_are_distilled_but_not_what_is_pasted(teacher, monkeypatch):
+    calls = []
+    real = losses.place_distill
+    monkeypatch.setattr(losses, "place_distill", lambda *maps, counted: calls.append(counted) or real(*maps))
+    assert "place" not in ccdistill.CCDistill(Own(), target_paired=False, teacher=teacher)(toy_batch())
+    method = ccdistill.CCDistill(Own(), teacher=teacher)
+    batch = toy_batch()
+    batch["source_label"].fill_(255)
+    batch["source_label"][0, :4, :8] = 1  # the only class: it is pasted
+    assert method(batch)["place"] > 0 and len(calls) == 1
+    if teacher:
+        features, _ = method.day(batch["target_day"])
+        expected = torch.ones(2, *features.shape[2:], dtype=torch.bool)
+        scale = 16 // features.shape[2]
+        expected[0, : 4 // scale, : 8 // scale] = False
+        assert torch.equal(calls[0], expected)
+    else:
+        assert calls == [None]
+
+
 def test_segmentation_loss():
     logits = torch.randn(2, 5, 4, 4, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(2, 4, 4, dtype=torch.float64)
@@ -192,6 +231,7 @@ def test_half_types_are_computed_in_float32_also_under_autocast(dtype, scale):
     for function, inputs in (
         (losses.content_distill, embeddings),
         (losses.style_distill, maps),
+        (losses.place_distill, maps),
         (losses.correlation, embeddings[:2]),
         (losses.gram, maps[:1]),
         (losses.js_divergence, embeddings[:2]),
@@ -383,12 +423,12 @@ def test_s_n_is_made_where_it_is_not_given():
 
 @pytest.mark.parametrize("teacher", [True, False])
 def test_the_total_is_the_weighted_sum(teacher):
-    weights = {"content": 2.0, "style": 3.0, "pseudo": 0.5}
+    weights = {"content": 2.0, "style": 3.0, "pseudo": 0.5, "place": 4.0}
     method = ccdistill.CCDistill(Own(), weights=weights, js_weight=0.7, pseudo_threshold=0, teacher=teacher)
     terms = method(toy_batch())
-    assert terms["pseudo"] > 0 and terms["style"] > 0
+    assert terms["pseudo"] > 0 and terms["style"] > 0 and terms["place"] > 0
     close(terms["content"], terms["inherent"] + terms["illumination"] + 0.7 * terms["js"])
-    weighted = 0.5 * terms["pseudo"] + 2 * terms["content"] + 3 * terms["style"]
+    weighted = 0.5 * terms["pseudo"] + 2 * terms["content"] + 3 * terms["style"] + 4 * terms["place"]
     close(terms["total"], terms["seg_day"] + terms["seg_night"] + weighted, 1e-6)
 
 
@@ -407,6 +447,7 @@ def test_under_autocast_logits_and_losses_are_float32(narrow):
 def test_a_term_of_weight_zero_is_not_computed(monkeypatch, teacher):
     monkeypatch.setattr(losses, "content_distill", None)  # whoever calls it, fails
     monkeypatch.setattr(losses, "style_distill", None)
+    monkeypatch.setattr(losses, "place_distill", None)
     monkeypatch.setattr(ccdistill, "pseudo_labels", None)
     nothing = dict.fromkeys(ccdistill.WEIGHTS, 0)
     method = ccdistill.CCDistill(Own(), weights=nothing, teacher=teacher)
@@ -423,7 +464,7 @@ def test_a_term_of_ones_own_needs_a_weight_and_a_value(monkeypatch):
 
     monkeypatch.setattr(losses, "content_distill", with_mine)
     terms = ccdistill.CCDistill(Own())(toy_batch())
-    known = [terms[name] for name in ("seg_day", "seg_night", "content", "style")]
+    known = [terms[name] for name in ("seg_day", "seg_night", "content", "style", "place")]
     close(terms["total"], sum(known) + 0.5 * terms["pseudo"] + 0.5 * terms["mine"], 1e-5)
 
 
@@ -613,7 +654,7 @@ def test_the_teacher_labels_the_plain_images_and_the_confident_share_weighs(pair
     _, day = method.eval().day(t_d)
     _, night = method.night(t_n)
     method.pseudo_threshold = night.softmax(1).amax(1).median().item()
-    _, _, y_td, y_tn, w_td, w_tn = method.train().teach(s_n, batch["source_label"], t_d, t_n)
+    _, _, _, y_td, y_tn, w_td, w_tn = method.train().teach(s_n, batch["source_label"], t_d, t_n)
     for y, w, logits in ((y_td, w_td, [day]), (y_tn, w_tn, [night, day] if paired else [night])):
         assert torch.equal(y, losses.pseudo_labels(*logits, threshold=0))
         confident = losses.pseudo_labels(*logits, threshold=method.pseudo_threshold) < 255
@@ -628,8 +669,8 @@ def test_half_of_the_classes_of_s_n_are_pasted_into_t_n_with_their_labels(monkey
     s_n, t_d, t_n = [batch[name] for name in ccdistill.IMAGES[1:]]
     label = batch["source_label"]
     label[0], label[:, :4], label[1] = 7, 255, 255
-    seen_d, seen_n, _, y_tn, _, w_tn = method.teach(s_n, label, t_d, t_n)
-    pasted = (seen_n == s_n).all(1)
+    seen_d, seen_n, pasted, _, y_tn, _, w_tn = method.teach(s_n, label, t_d, t_n)
+    assert torch.equal(pasted, (seen_n == s_n).all(1))
     assert torch.equal(seen_d, t_d) and torch.equal(seen_n, torch.where(pasted[:, None], s_n, t_n))
     assert (
         torch.equal(y_tn[pasted], label[pasted]) and (w_tn[pasted] == 1).all() and (w_tn[~pasted] < 1).all()
