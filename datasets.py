@@ -409,8 +409,8 @@ DEMO_SIZE = (256, 128)
 DEMO_COLOURS = {
     "source": {0: (105, 103, 106), 1: (165, 152, 150), 2: (150, 140, 128), 5: (62, 64, 66),
                8: (72, 105, 55), 10: (190, 212, 232)},
-    "target": {0: (86, 84, 80), 1: (138, 130, 115), 2: (158, 112, 88), 5: (70, 62, 52),
-               8: (95, 108, 45), 10: (208, 214, 216)},
+    "target": {0: (86, 84, 80), 1: (138, 130, 115), 2: (150, 122, 108), 5: (70, 62, 52),
+               8: (80, 110, 50), 10: (208, 214, 216)},
 }  # fmt: skip
 
 
@@ -470,10 +470,10 @@ def draw_street(city, place, light):
                 paint(8, "ellipse", (cx - r, cy - r, cx + r, cy + r))
         elif kind == "house":
             paint(2, "rectangle", (x, top, x + w, horizon + 4))
-            for wx, wy in itertools.product(range(x + 5, x + w - 6, 10), range(top + 5, horizon - 8, 12)):
-                paint(2, "rectangle", (wx, wy, wx + 4, wy + 6), (70, 80, 95))
+            for wx, wy in itertools.product(range(x + 4, x + w - 8, 11), range(top + 5, horizon - 10, 14)):
+                paint(2, "rectangle", (wx, wy, wx + 6, wy + 8), (70, 80, 95))
                 if rng.random() < 0.3:
-                    lights.append((wx + 2, wy + 3, 4, (1.0, 0.8, 0.45)))
+                    lights.append((wx + 3, wy + 4, 5, (1.0, 0.8, 0.45)))
         x += w
     for side, t in itertools.product((-1, 1), (0.15, 0.5)):  # lamp posts along the kerb
         x, y, h, w = vanish + side * (12 + t * width * 0.6), horizon + t * depth, 30 + 80 * t, 2.5 + 5 * t
