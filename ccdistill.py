@@ -18,12 +18,9 @@ import losses
 from losses import check_shapes, most_probable, pseudo_labels, segmentation_loss
 from models import ProjectionHead
 
-WEIGHTS = {
-    "pseudo": 0.5,
-    "content": 1.0,
-    "style": 1.0,
-    "place": 1.0,
-}  # of the terms beside the segmentation's
+# Of the terms beside the segmentation's. For one of your own: a weight here, of which train.py makes a switch
+# --NAME-weight, and in CCDistill.forward, before the sum: if self.weights[NAME]: terms[NAME] = ...
+WEIGHTS = {"pseudo": 0.5, "content": 1.0, "style": 1.0, "place": 1.0}
 IMAGES = ("source_day", "source_night", "target_day", "target_night")
 NIGHT_STYLES = ("random", "color", "histogram", "fda")
 NIGHT_WEIGHTS = ("norm", "shared", "separate")
