@@ -3,8 +3,9 @@ this file into your own code.
 
 Domains come in one order: source_day (S_d), source_night (S_n), target_day (T_d), target_night (T_n). The
 graphs follow the paper's framework figure; the L2 norm, the means over all entries, the softmax inside the
-divergence and all weights are our reading. All is computed in at least float32, also under autocast. Shapes
-that do not fit raise ValueError.
+divergence and all weights are our reading; `place_distill` is ours. On drawn pairs CDC and CDS gain a quarter
+of a point, `place_distill` nearly two (RESULTS.md). All is computed in at least float32, also under autocast.
+Shapes that do not fit raise ValueError.
 """
 
 import math
