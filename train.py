@@ -130,8 +130,9 @@ def report(row, last_report, args):
     left = (args.steps - step) / rate
     if left:
         parts.insert(1, f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left")
-    if peak_memory(args):
-        parts.append(f"{peak_memory(args):.0f} MB")
+    memory = peak_memory(args)
+    if memory:
+        parts.append(f"{memory:.0f} MB")
     parts += [f"{name} {value:.4g}" for name, value in row.items() if name != "step"]
     say("  ".join(parts))
     return step, now
@@ -159,8 +160,9 @@ def rehearse(method, stream, args):
     terms["total"].backward()
     method.zero_grad()
     moments = sum(2 * p.numel() * p.element_size() for p in method.parameters() if p.requires_grad)  # AdamW's
-    if peak_memory(args):
-        say(f"one step rehearsed: the run needs about {peak_memory(args) + moments / 2**20:.0f} MB")
+    memory = peak_memory(args)
+    if memory:
+        say(f"one step rehearsed: the run needs about {memory + moments / 2**20:.0f} MB")
 
 
 @torch.compiler.set_stance("force_eager")  # frames come in many sizes
@@ -622,14 +624,8 @@ def demo(args):
     say(f"{out / 'comparison.png'}: {', '.join(columns)}")
 
 
-SIGNALS = (
-    "SIGINT",
-    "SIGTERM",
-    "SIGHUP",
-    "SIGUSR1",
-    "SIGUSR2",
-    "SIGXCPU",
-)  # batch systems send the last three
+# Batch systems send the last three.
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 
 
 def on_signal(number, _):
