@@ -3,9 +3,9 @@ this file into your own code.
 
 Domains come in one order: source_day (S_d), source_night (S_n), target_day (T_d), target_night (T_n). The
 graphs follow the paper's framework figure; the L2 norm, the means over all entries, the softmax inside the
-divergence and all weights are our reading; `place_distill` is ours. On drawn pairs CDC and CDS gain a quarter
-of a point, `place_distill` nearly two (RESULTS.md). All is computed in at least float32, also under autocast.
-Shapes that do not fit raise ValueError.
+divergence and all weights are our reading; `place_distill` is ours. "Gain" is in points of mIoU at night, of ten
+seeds on drawn pairs, beside an averaged teacher (RESULTS.md). All is computed in at least float32, also under
+autocast. Shapes that do not fit raise ValueError.
 """
 
 import math
@@ -74,7 +74,7 @@ def content_distill(e_source_day, e_source_night, e_target_day, e_target_night, 
     """L_CDC, cross-domain content distillation: inherent + illumination + js_weight * js of `content_terms`.
     A scalar, negative where the divergences that js subtracts outweigh the rest. Four embeddings (B, D) of
     one shape; pool feature maps first, for example features.mean((2, 3)). parts: a dict that takes the three
-    terms too, for a log."""
+    terms too, for a log. Gain: 0.0 (a trained head makes the embeddings alike)."""
     e = e_source_day, e_source_night, e_target_day, e_target_night
     terms = content_terms(*e, target_paired=target_paired)
     if parts is not None:
@@ -85,7 +85,7 @@ def content_distill(e_source_day, e_source_night, e_target_day, e_target_night, 
 def style_distill(f_source_day, f_source_night, f_target_day, f_target_night, *, target_paired=True):
     """L_CDS, cross-domain style distillation: mse(Cor(G_Sd, G_Sn), Cor(G_Td, G_Tn)), G the Gram matrix of F.
     A scalar. Four feature maps (B, C, H, W) of one B and C; H and W may differ between domains.
-    target_paired=False: see `graph_mse`."""
+    target_paired=False: see `graph_mse`. Gain: 0.3, without the teacher 0.0."""
     s_d, s_n = gram(f_source_day), gram(f_source_night)
     t_d, t_n = gram(f_target_day), gram(f_target_night)
     check_shapes(3, f_source_day=s_d, f_source_night=s_n, f_target_day=t_d, f_target_night=t_n)
@@ -98,7 +98,8 @@ def place_distill(f_source_day, f_source_night, f_target_day, f_target_night, *,
     the mean of cos(S_d, S_n) over source image i, without gradient: night may change a position of T as much
     as it changes S, where both images are known to show the same. (Pooled, as in CDC and CDS, a picture does
     not say where things are.) A scalar. Four feature maps (B, C, h, w), of one shape in S and of one in T.
-    counted: (B, h, w) bool, the positions of T that count (default: all); 0 if there is none."""
+    counted: (B, h, w) bool, the positions of T that count (default: all); 0 if there is none. Gain: 2.1 where
+    pairs match to the pixel, little where they do not."""
     check_shapes(4, f_source_day=f_source_day, f_source_night=f_source_night)
     check_shapes(4, f_target_day=f_target_day, f_target_night=f_target_night)
     with torch.autocast(f_target_day.device.type, enabled=False):
